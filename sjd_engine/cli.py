@@ -1,0 +1,125 @@
+"""The command line: `sjd generate`, `sjd doctor`. Exit status 0, 2 (bad arguments) or 1 (failure, nothing written)."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sjd_engine.methods import INITS, METHODS
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG file; -N is added before .png where n > 1.")
+    ] = Path("out.png"),
+    model: Annotated[str, typer.Option(help="'emoji' or a checkpoint folder.")] = "emoji",
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "maximal",
+    window: Annotated[int | None, typer.Option(help="Tokens of a forward pass; default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
+    n: Annotated[int, typer.Option("--num-images", "-n", help="Images to draw.")] = 1,
+    guidance_scale: Annotated[float | None, typer.Option(help=">= 1; 1 turns guidance off.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="> 0.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 keeps all tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
+    init: Annotated[str, typer.Option(help=", ".join(INITS))] = "random",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
+) -> None:
+    """Draw a prompt and write PNG files, with the recipe inside."""
+    from sjd_engine.engine import Engine
+    from sjd_engine.images import save_png
+
+    paths = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
+    check_writable(output)
+    engine = Engine(model, device=device)
+    out = engine.generate(
+        prompt,
+        method=method,
+        window_size=window,
+        seed=seed,
+        num_images_per_prompt=n,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        negative_prompt=negative_prompt,
+        init=init,
+    )
+    for path, image, stats, image_seed in zip(paths, out.images, out.stats, out.seeds, strict=True):
+        recipe = {
+            "prompt": prompt,
+            "model": model,
+            "method": method,
+            "seed": image_seed,
+            "init": init,
+            "nfe": stats.nfe,
+        }
+        save_png(image, path, recipe)
+        typer.echo(
+            f"{path}: {method}, {stats.num_tokens} tokens in {stats.nfe} passes (NFE), "
+            f"{stats.step_compression:.2f} tokens a pass, {stats.seconds:.2f} s"
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Tell versions and what runs the decoding ops, and why."""
+    import torch
+
+    from sjd_engine import ops
+    from sjd_engine.engine import default_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    typer.echo(f"python        {platform.python_version()} on {platform.machine()}")
+    for package in ("sjd-engine", "torch", "numpy", "safetensors", "tokenizers", "transformers"):
+        try:
+            typer.echo(f"{package:<13} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package:<13} not installed")
+    typer.echo(f"device        {device}, {torch.get_num_threads()} threads")
+    typer.echo(f"dtype         {str(default_dtype(device)).removeprefix('torch.')} by default")
+    typer.echo(f"verify        {ops.backend()}")
+
+
+def check_writable(output: Path) -> None:
+    """Refuse an output that can't be written before any work. Raises: ValueError naming it."""
+    folder = output.parent
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"output: expected a .png file, got {str(output)!r}")
+    if output.is_dir():
+        raise ValueError(f"output: {str(output)!r} is a folder; name a .png file in it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: cannot make the folder {str(folder)!r} ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"output: the folder {str(folder)!r} is not writable")
+
+
+def main() -> None:
+    """Entry point of `sjd`."""
+    from sjd_engine.errors import SJDError
+
+    try:
+        app()
+    except (ValueError, TypeError) as error:
+        sys.exit(report(error, 2))
+    except (SJDError, OSError, RuntimeError) as error:
+        sys.exit(report(error, 1))
+
+
+def report(error: BaseException, status: int) -> int:
+    typer.echo(f"sjd: {error}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""JacobiDecoder: the decode loop without a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sjd_engine import ops
+from sjd_engine.methods import check_init, get_method
+from sjd_engine.sampling import SamplingParams
+from sjd_engine.schedule import Schedule
+
+GUMBEL_TABLE_LIMIT_BYTES = 1 << 28  # below it the fixed noise of a whole batch is kept, above it hashed in each pass
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """What a batch has done so far, one entry for each sequence.
+
+    iterations: [B] passes each sequence took part in.
+    committed_per_pass: for each sequence the tokens committed in each of its passes.
+    commit_pass: [B, T] the pass in which each token was committed, from 0; -1 before.
+    zero_residual, nonfinite_rows, zero_draft_prob: [B], see `kernels.reference.WindowState`.
+    """
+
+    iterations: list[int]
+    committed_per_pass: list[list[int]]
+    commit_pass: Tensor
+    zero_residual: list[int]
+    nonfinite_rows: list[int]
+    zero_draft_prob: list[int]
+
+
+class JacobiDecoder:
+    """Decodes a batch of images with a window of draft tokens; the caller owns the model and its cache.
+
+        while not dec.done:
+            ids, positions = dec.window()
+            logits = caller_forward(ids, positions)
+            result = dec.verify(logits)
+            caller_cache.truncate(result.num_committed)
+
+    Sequences of one batch advance at their own pace, and each gives what its seed gives alone.
+
+    Args:
+        batch_size: B >= 1.
+        num_tokens: T >= 1, tokens of an image, forced ones included.
+        vocab_size: V >= 2, image codes.
+        window_size: W >= 1, tokens of a forward pass. `ar` always takes 1.
+        method: a name of `sjd_engine.methods.METHODS`.
+        params: sampling parameters of the batch.
+        seeds: B ints, one for each image.
+        schedule: forced tokens and grid; None: T free tokens in one row.
+        init: how new drafts enter: random, left-repeat, above-repeat, left-sample, above-sample.
+        reuse_threshold: tau of `sjd++`, > 0.
+        device: where the state lives.
+    Raises: ValueError naming the argument, what was expected and what it got.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_tokens: int,
+        vocab_size: int,
+        window_size: int,
+        seeds: Sequence[int],
+        method: str = "maximal",
+        params: SamplingParams | None = None,
+        schedule: Schedule | None = None,
+        init: str = "random",
+        reuse_threshold: float = 0.5,
+        device: torch.device | str = "cpu",
+    ):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_tokens", num_tokens, 1),
+            ("vocab_size", vocab_size, 2),
+            ("window_size", window_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected >= {least}, got {value}")
+        if len(seeds) != batch_size:
+            raise ValueError(f"seeds: expected {batch_size}, one for each image, got {len(seeds)}")
+        if not reuse_threshold > 0:
+            raise ValueError(f"reuse_threshold: expected > 0, got {reuse_threshold}")
+        schedule = Schedule.line(num_tokens) if schedule is None else schedule
+        if schedule.num_tokens != num_tokens:
+            raise ValueError(f"schedule: expected num_tokens = {num_tokens} tokens, got {schedule.num_tokens}")
+
+        self.method = get_method(method)
+        self.init = check_init(init)
+        self.window_size = 1 if self.method.one_token else window_size
+        self.params = params or SamplingParams()
+        self.schedule, self.vocab_size = schedule, vocab_size
+        self.reuse_threshold = reuse_threshold
+        self.device = torch.device(device)
+        self._grid = schedule.grid(self.device)
+        self._seeds = torch.tensor([signed_64(seed) for seed in seeds], device=self.device)
+        self._warp = self._warp_arguments(batch_size)
+        self._state = self._new_state(batch_size, num_tokens)
+        self._gumbel = self._gumbel_table(num_tokens)
+        ops.start(
+            self._state,
+            self._grid,
+            window_size=self.window_size,
+            init=self.init,
+            seeds=self._seeds,
+            vocab_size=vocab_size,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    @property
+    def done(self) -> bool:
+        """Every image is complete. On CUDA a poll waits for the device; poll every few passes."""
+        return bool((self._state.num_committed == self.num_tokens).all())  # sync: the caller asked
+
+    def window(self) -> tuple[Tensor, Tensor]:
+        """The tokens of the next forward pass: (ids, positions), both [B, W] int64.
+
+        Slot 0 is the anchor, the last committed token, or -1 at position -1 (the end of the caller's prompt) before
+        anything is committed. Slots past the image's end have id 0 and position T.
+        """
+        slots = self._state.num_committed[:, None] + torch.arange(self.window_size, device=self.device)
+        ids = self._state.tokens.gather(1, slots)
+        past = slots > self.num_tokens
+        return ids.masked_fill(past, 0), (slots - 1).masked_fill(past, self.num_tokens)
+
+    def verify(self, logits: Tensor) -> ops.VerifyResult:
+        """One pass: slot i of `logits` predicts position positions[:, i] + 1.
+
+        Args:
+            logits: [B, W, V], or [2, B, W, V] (conditional, unconditional) where guidance_scale > 1. Any float dtype.
+        Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
+        Raises: ValueError where the shape differs; the state is unchanged.
+        """
+        pair = (2,) if self.guided else ()
+        expected = (*pair, self.batch_size, self.window_size, self.vocab_size)
+        if tuple(logits.shape) != expected:
+            names = "[2, B, W, V]" if self.guided else "[B, W, V]"
+            raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
+        return ops.verify(
+            logits,
+            self._state,
+            self._grid,
+            window_size=self.window_size,
+            accept=self.method.accept,
+            refresh=self.method.refresh,
+            init=self.init,
+            seeds=self._seeds,
+            reuse_threshold=self.reuse_threshold,
+            gumbel_noise=self._gumbel,
+            **self._warp,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- results
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._seeds)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.schedule.num_tokens
+
+    @property
+    def guided(self) -> bool:
+        """Guidance is on: logits come in pairs."""
+        return self.params.guidance_scale > 1
+
+    @property
+    def num_committed(self) -> Tensor:
+        """[B] int64: tokens committed so far."""
+        return self._state.num_committed.clone()
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[B, T] int64: committed tokens; -1 where nothing is committed yet."""
+        positions = torch.arange(self.num_tokens, device=self.device)
+        return self.draft_ids.masked_fill(positions >= self._state.num_committed[:, None], -1)
+
+    @property
+    def draft_ids(self) -> Tensor:
+        """[B, T] int64: committed tokens, then the drafts of the window, then tokens without meaning."""
+        return self._state.tokens[:, 1 : self.num_tokens + 1]
+
+    @property
+    def stats(self) -> DecodeStats:
+        """Statistics so far; copies them to the host."""
+        state = self._state
+        commit_pass = state.commit_pass[:, : self.num_tokens].cpu()  # sync: for people
+        iterations = state.iteration.tolist()  # sync: for people
+        per_pass = [
+            torch.bincount(row[row >= 0], minlength=passes).tolist()
+            for row, passes in zip(commit_pass, iterations, strict=True)
+        ]
+        counters = (state.zero_residual, state.nonfinite_rows, state.zero_draft_prob)
+        return DecodeStats(iterations, per_pass, commit_pass, *(c.tolist() for c in counters))  # sync: for people
+
+    # -------------------------------------------------------------------------------------------------- preemption
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later, on this or another device: tensors and plain values."""
+        return {
+            "setup": self._setup(),
+            "tensors": {name: None if t is None else t.clone() for name, t in vars(self._state).items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, taken from a decoder with the same arguments.
+
+        Raises: ValueError naming the first argument that differs; this decoder is then unchanged.
+        """
+        for name, mine in self._setup().items():
+            if state["setup"].get(name) != mine:
+                raise ValueError(f"load_state_dict: {name} is {mine} here, {state['setup'].get(name)} in the state")
+        for name, mine in vars(self._state).items():
+            if mine is not None:
+                mine.copy_(state["tensors"][name])
+
+    def _setup(self) -> dict[str, Any]:
+        return {
+            "method": self.method.name,
+            "init": self.init,
+            "window_size": self.window_size,
+            "vocab_size": self.vocab_size,
+            "params": vars(self.params),
+            "reuse_threshold": self.reuse_threshold,
+            "seeds": self._seeds.tolist(),
+            "schedule": (self.schedule.rows, self.schedule.cols, dict(self.schedule.forced)),
+        }
+
+    # -------------------------------------------------------------------------------------------------------- set-up
+
+    def _warp_arguments(self, batch_size: int) -> dict[str, Tensor | None]:
+        """Per-sequence tensors of the warping; None where it would change nothing."""
+
+        def column(value: float, neutral: float, dtype: torch.dtype) -> Tensor | None:
+            return None if value == neutral else torch.full((batch_size,), value, dtype=dtype, device=self.device)
+
+        params = self.params
+        return {
+            "guidance_scale": column(params.guidance_scale, 1.0, torch.float32),
+            "temperature": column(params.temperature, 1.0, torch.float32),
+            "top_k": column(0 if params.top_k >= self.vocab_size else params.top_k, 0, torch.int64),
+            "top_p": column(params.top_p, 1.0, torch.float32),
+        }
+
+    def _new_state(self, batch_size: int, num_tokens: int) -> ops.WindowState:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+        window = self.window_size
+        tokens = zeros(batch_size, 1 + num_tokens + 2 * window)
+        tokens[:, 0] = -1
+        draft_probs = None
+        if self.method.accept == "ratio" or (self.init.endswith("sample") and window > 1):
+            above = self._grid.above
+            reach = (
+                int((torch.arange(num_tokens, device=self.device) - above)[above >= 0].amax())
+                if (above >= 0).any()
+                else 1
+            )
+            draft_probs = torch.zeros(batch_size, 2 * window + reach, self.vocab_size, device=self.device)
+        return ops.WindowState(
+            tokens=tokens,
+            num_committed=zeros(batch_size),
+            iteration=zeros(batch_size),
+            draft_probs=draft_probs,
+            commit_pass=zeros(batch_size, num_tokens + window) - 1,
+            zero_residual=zeros(batch_size),
+            nonfinite_rows=zeros(batch_size),
+            zero_draft_prob=zeros(batch_size),
+        )
+
+    def _gumbel_table(self, num_tokens: int) -> Tensor | None:
+        if self.method.refresh != "gumbel":
+            return None
+        if 4 * self.batch_size * num_tokens * self.vocab_size > GUMBEL_TABLE_LIMIT_BYTES:
+            return None
+        positions = torch.arange(num_tokens, device=self.device).expand(self.batch_size, -1)
+        return ops.philox.gumbel_noise(self._seeds, positions, self.vocab_size)
+
+
+def signed_64(seed: int) -> int:
+    """The int64 with the same low 64 bits as `seed`. Raises: TypeError, ValueError where it is no 64-bit integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seeds: expected ints, got {seed!r}")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seeds: expected a 64-bit integer, got {seed}")
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -1,0 +1,46 @@
+"""Pixels: conversion and files."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+
+
+def convert(pixels: Tensor, output_type: str) -> Any:
+    """pixels [N, 3, H, W] in [0, 1] as "pil" (list of images), "np" ([N, H, W, 3] float32) or "pt" (itself)."""
+    if output_type == "pt":
+        return pixels
+    array = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
+
+
+def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any]) -> None:
+    """Write a PNG whole or not at all, with the recipe in its text chunks.
+
+    Args:
+        recipe: JSON values; stored as JSON in "sjd_engine" and as the prompt line other tools read in "parameters".
+    Raises: OSError where the folder cannot be written.
+    """
+    path = Path(path)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("sjd_engine", json.dumps(recipe))
+    settings = ", ".join(f"{key}: {value}" for key, value in recipe.items() if key != "prompt")
+    info.add_text("parameters", f"{recipe.get('prompt', '')}\n{settings}")
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

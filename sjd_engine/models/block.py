@@ -1,0 +1,207 @@
+"""The transformer block of every model family: one class with a few switches.
+
+    pre   x + attn(norm1(x)),  then  h + mlp(norm2(h))
+    swin  x + norm1(attn(x)),  then  h + norm2(mlp(h))
+
+Queries, keys and values are one product, gate and up another. Attention is bottom-right causal: the N tokens of a pass
+stand at the end of their sequence and see everything before themselves.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sjd_engine.kv_cache import KVCache
+from sjd_engine.models.rope import rope_table, rotate
+
+QK_NORM_EPS = 1e-5  # Chameleon's LayerNorm over the head dimension has it hard-coded
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Sizes and switches.
+
+    norm_style: "pre" or "swin" (Chameleon 34B).
+    qk_norm: LayerNorm of queries and keys over the head dimension, affine per (head, dim), before RoPE (Chameleon).
+    qkv_bias: biases on queries, keys and values (Qwen2).
+    num_kv_heads: fewer than num_heads is grouped-query attention.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rope_theta: float
+    norm_eps: float
+    norm_style: str = "pre"
+    qk_norm: bool = False
+    qkv_bias: bool = False
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every layer of one forward pass shares.
+
+    slot_mapping: [S * N] int64. cos, sin: [S, N, 1, D]. mask: [S, 1, G * N, span], additive, G query heads a kv head.
+    """
+
+    kv_cache: KVCache
+    slot_mapping: Tensor
+    span: int
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: BlockConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        hidden, ffn = config.hidden_size, config.intermediate_size
+        self.norm1 = nn.Parameter(torch.empty(hidden))
+        self.norm2 = nn.Parameter(torch.empty(hidden))
+        self.wqkv = nn.Parameter(torch.empty(config.q_size + 2 * config.kv_size, hidden))
+        self.bqkv = nn.Parameter(torch.empty(len(self.wqkv))) if config.qkv_bias else None
+        self.wo = nn.Parameter(torch.empty(hidden, config.q_size))
+        self.w_gate_up = nn.Parameter(torch.empty(2 * ffn, hidden))
+        self.w_down = nn.Parameter(torch.empty(hidden, ffn))
+        if config.qk_norm:  # [weight | bias] of every query head, then of every kv head
+            self.qk_norm = nn.Parameter(torch.empty(2, config.num_heads + config.num_kv_heads, config.head_dim))
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """x: [S, N, hidden] -> the same."""
+        config = self.config
+        if config.norm_style == "swin":
+            x = x + self._norm(self._attention(x, run), self.norm1)
+            return x + self._norm(self._mlp(x), self.norm2)
+        x = x + self._attention(self._norm(x, self.norm1), run)
+        return x + self._mlp(self._norm(x, self.norm2))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.w_gate_up).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, self.w_down)
+
+    def _attention(self, x: Tensor, run: Pass) -> Tensor:
+        config = self.config
+        num_seqs, num_new = x.shape[:2]
+        qkv = F.linear(x, self.wqkv, self.bqkv)
+        qk = qkv[..., : config.q_size + config.kv_size].unflatten(-1, (-1, config.head_dim))
+        rotated = rotate(self._normalise_heads(qk) if config.qk_norm else qk, run.cos, run.sin)
+        qk[:, :, config.num_heads :] = rotated[:, :, config.num_heads :]
+        run.kv_cache.append(self.layer, qkv[..., config.q_size :].flatten(0, 1), run.slot_mapping)
+        keys, values = run.kv_cache.read(self.layer, run.span)
+        # The query heads of a kv head stand as extra rows of it: no copy of keys or values for grouped queries.
+        queries = rotated[:, :, : config.num_heads].transpose(1, 2)
+        queries = queries.reshape(num_seqs, config.num_kv_heads, -1, config.head_dim)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=run.mask)
+        out = out.view(num_seqs, config.num_heads, num_new, config.head_dim).transpose(1, 2)
+        return F.linear(out.reshape(num_seqs, num_new, -1), self.wo)
+
+    def _normalise_heads(self, qk: Tensor) -> Tensor:
+        weight, bias = self.qk_norm
+        return F.layer_norm(qk, qk.shape[-1:], eps=QK_NORM_EPS) * weight + bias
+
+
+class Transformer(nn.Module):
+    """Blocks, final norm, token embedding and the image rows of the LM head.
+
+    Args:
+        config: sizes and switches.
+        vocab_size: rows of the token embedding.
+        num_codes: rows of the head, V.
+    """
+
+    def __init__(self, config: BlockConfig, vocab_size: int, num_codes: int):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(vocab_size, config.hidden_size))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        # float32 whatever the blocks are: logits of bfloat16 would be rounded by up to 0.06 at |z| = 20.
+        self.head = nn.Parameter(torch.empty(num_codes, config.hidden_size, dtype=torch.float32))
+        with torch.device("cpu"):  # real even where the parameters are laid out on the meta device
+            cos, sin = rope_table(config.max_positions, config.head_dim, config.rope_theta)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def cast(self, dtype: torch.dtype) -> "Transformer":
+        """Everything but the head in `dtype`, in memory of its own: tensors mapped from a file are not aligned for the
+        matrix kernels, which then take up to twice as long."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            tensor.data = tensor.data.to(tensor.dtype if name == "head" else dtype, copy=True)
+        return self
+
+    def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
+        config = self.config
+        return KVCache(
+            config.num_layers,
+            num_sequences,
+            capacity,
+            config.num_kv_heads,
+            config.head_dim,
+            self.dtype,
+            self.embedding.device,
+        )
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        """One causal pass: append the tokens of every sequence to the cache and return their hidden states.
+
+        Args:
+            ids: [S, N] int64 rows of the embedding.
+            kv_cache: written behind each sequence's length; the lengths do not move.
+        Returns: [S, N, hidden], before the final norm.
+        Raises: ValueError where the cache or the position table is too short.
+        """
+        config = self.config
+        num_new = ids.shape[1]
+        positions = kv_cache.positions(num_new)
+        span = int(positions.amax()) + 1  # sync: the span of the attention
+        if span > config.max_positions + num_new:
+            raise ValueError(f"position {span - 1} is past the model's {config.max_positions} positions")
+        table_rows = positions.clamp_max(config.max_positions - 1)  # only slots past the image's end are clamped
+        keys = torch.arange(span, device=ids.device)
+        mask = torch.zeros(*positions.shape, span, dtype=self.dtype, device=ids.device)
+        mask = mask.masked_fill_(keys > positions[..., None], float("-inf"))[:, None]
+        run = Pass(
+            kv_cache,
+            kv_cache.slot_mapping(positions),
+            span,
+            self.cos[table_rows][:, :, None],
+            self.sin[table_rows][:, :, None],
+            mask.repeat(1, 1, config.num_heads // config.num_kv_heads, 1),
+        )
+        x = F.embedding(ids, self.embedding)
+        for block in self.blocks:
+            x = block(x, run)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] -> [..., V] float32 logits of the image rows."""
+        hidden = F.rms_norm(hidden, self.norm.shape, self.norm, self.config.norm_eps)
+        return F.linear(hidden.float(), self.head)

@@ -1,0 +1,11 @@
+"""The ops the decoder calls, and the name of what runs them. The only importer of `sjd_engine.kernels`."""
+
+from sjd_engine.kernels import philox
+from sjd_engine.kernels.reference import Grid, VerifyResult, WindowState, start, verify
+
+__all__ = ["Grid", "VerifyResult", "WindowState", "backend", "philox", "start", "verify"]
+
+
+def backend() -> str:
+    """The implementation behind `verify`."""
+    return "reference (PyTorch)"

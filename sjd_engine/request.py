@@ -1,0 +1,123 @@
+"""The arguments of `generate`, checked before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sjd_engine.images import OUTPUT_TYPES
+from sjd_engine.methods import Method, check_init, get_method
+from sjd_engine.models.base import ImageModel, Prompt
+from sjd_engine.sampling import SamplingParams
+from sjd_engine.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a call needs, with the family's defaults filled in. One prompt and one seed for each image."""
+
+    prompts: list[Prompt]
+    seeds: list[int]
+    method: Method
+    window_size: int
+    params: SamplingParams
+    schedule: Schedule
+    init: str
+    reuse_threshold: float
+    output_type: str
+
+
+def make_request(
+    model: ImageModel,
+    prompt: str | Sequence[str],
+    *,
+    method: str = "maximal",
+    window_size: int | None = None,
+    seed: int | Sequence[int] = 0,
+    num_images_per_prompt: int = 1,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    init: str = "random",
+    reuse_threshold: float = 0.5,
+    output_type: str = "pil",
+) -> Request:
+    """Check the arguments of `Engine.generate` against `model`.
+
+    Raises: ValueError, TypeError naming the argument, what was expected, what it got and what to do.
+    """
+    texts = text_list("prompt", prompt)
+    if not texts:
+        raise ValueError("prompt: expected at least one prompt, got an empty list")
+    at_least("num_images_per_prompt", num_images_per_prompt, 1)
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negatives = [negative_prompt] * len(texts)
+    else:
+        negatives = list(text_list("negative_prompt", negative_prompt))
+        if len(negatives) != len(texts):
+            raise ValueError(f"negative_prompt: expected one text or {len(texts)}, got {len(negatives)}")
+    chosen: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    params = replace(model.defaults.params, **{name: value for name, value in chosen.items() if value is not None})
+    if negative_prompt is not None and params.guidance_scale == 1:
+        raise ValueError("negative_prompt: needs guidance_scale > 1, got 1")
+    schedule = model.schedule(
+        model.image_size[0] if height is None else height, model.image_size[1] if width is None else width
+    )
+    window_size = model.defaults.window_size if window_size is None else at_least("window_size", window_size, 1)
+    if not reuse_threshold > 0:
+        raise ValueError(f"reuse_threshold: expected > 0, got {reuse_threshold}")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    prompts = [model.build_prompt(text, negative) for text, negative in zip(texts, negatives, strict=True)]
+    return Request(
+        prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
+        seeds=seed_list(seed, len(prompts) * num_images_per_prompt),
+        method=get_method(method),
+        window_size=min(window_size, schedule.num_tokens),
+        params=params,
+        schedule=schedule,
+        init=check_init(init),
+        reuse_threshold=reuse_threshold,
+        output_type=output_type,
+    )
+
+
+def text_list(argument: str, value: str | Sequence[str]) -> list[str]:
+    """One or more texts, each with something in it."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise TypeError(f"{argument}: expected str or a list of str, got {type(value).__name__}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{argument}: expected str or a list of str, got {text!r}")
+        if not text.strip():
+            raise ValueError(f"{argument}: expected words, got {text!r}")
+    return list(texts)
+
+
+def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed for each of `count` images: seed + i for one int, or the given list."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return [seed + i for i in range(count)]
+    if not isinstance(seed, list | tuple):
+        raise TypeError(f"seed: expected an int or a list of ints, got {seed!r}")
+    if len(seed) != count:
+        raise ValueError(f"seed: expected one int or {count}, one for each image, got {len(seed)}")
+    return list(seed)
+
+
+def at_least(argument: str, value: int, least: int) -> int:
+    """`value`, an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{argument}: expected >= {least}, got {value}")
+    return value

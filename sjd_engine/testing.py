@@ -1,0 +1,134 @@
+"""Toy models whose laws can be enumerated, and the statistics the exactness tests use. Shared by tests and benches."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.ops import VerifyResult
+
+
+class TableModel:
+    """An autoregressive model with an independent random logit row for every context, and a cache like a transformer's.
+
+    The cache of position t holds the number of the context that ends with token t; a window's slots read the slot
+    before them, so a stale or wrongly rolled back entry changes what the model says.
+
+    Args:
+        vocab_size, num_tokens: V, T. There are about V^T contexts.
+        seed: of the logits.
+        spread: standard deviation of the logits; larger is more peaked.
+        guided: rows come in pairs (conditional, unconditional).
+    """
+
+    def __init__(self, vocab_size: int, num_tokens: int, *, seed: int = 0, spread: float = 1.0, guided: bool = False):
+        self.vocab_size, self.num_tokens = vocab_size, num_tokens
+        contexts = sum(vocab_size**t for t in range(num_tokens + 1))
+        generator = torch.Generator().manual_seed(seed)
+        self.tables = spread * torch.randn(2 if guided else 1, contexts, vocab_size, generator=generator)
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        """[...] context numbers -> [..., V], or [2, ..., V] when guided."""
+        rows = self.tables[:, contexts]
+        return rows if len(rows) == 2 else rows[0]
+
+    def extend(self, contexts: Tensor, tokens: Tensor) -> Tensor:
+        """The context after one more token: contexts are numbered as nodes of the V-ary tree of prefixes."""
+        return contexts * self.vocab_size + tokens + 1
+
+    def new_cache(self, batch_size: int) -> Tensor:
+        """[B, 1 + T + 1] int64; column t + 1 is position t, column 0 the empty prompt."""
+        return torch.zeros(batch_size, self.num_tokens + 2, dtype=torch.int64)
+
+    def forward(self, ids: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+        """One causal pass over a decoder's window; writes the cache."""
+        contexts = []
+        context = cache.gather(1, positions[:, :1].clamp_min(0)).squeeze(1)  # of the token before the anchor
+        for slot in range(ids.shape[1]):
+            token, position = ids[:, slot], positions[:, slot]
+            inside = (position >= 0) & (position < self.num_tokens)
+            context = torch.where(inside, self.extend(context, token), context)
+            cache.scatter_(1, position[:, None] + 1, context[:, None])
+            # A context of T tokens is never asked for: its row belongs to a slot past the image's end.
+            contexts.append(torch.where(position < self.num_tokens - 1, context, 0))
+        return self.logits(torch.stack(contexts, 1))
+
+    def joint(self, decoder: JacobiDecoder) -> Tensor:
+        """[V^T] float64: the exact law of one-token-a-pass sampling under the decoder's warping and forced tokens.
+
+        Outcomes are ordered with the first token as the most significant digit.
+        """
+        from sjd_engine.kernels.reference import warp
+
+        law = torch.ones(1, dtype=torch.float64)
+        contexts = torch.zeros(1, dtype=torch.int64)
+        for position in range(self.num_tokens):
+            rows = self.logits(contexts)[..., None, :, :]
+            one = {name: None if value is None else value[:1] for name, value in decoder._warp.items()}
+            probs = warp(rows, **one)[0][0].double().softmax(-1)
+            if position in decoder.schedule.forced:
+                probs = torch.zeros_like(probs)
+                probs[:, decoder.schedule.forced[position]] = 1
+            law = (law[:, None] * probs).flatten()
+            contexts = self.extend(contexts[:, None], torch.arange(self.vocab_size)).flatten()
+        return law
+
+
+def decode(model: TableModel, decoder: JacobiDecoder) -> Tensor:
+    """Run `decoder` on `model` to the end; [B, T] tokens."""
+    cache = model.new_cache(decoder.batch_size)
+    for _ in range(model.num_tokens + 1):
+        if decoder.done:
+            return decoder.token_ids
+        ids, positions = decoder.window()
+        result = decoder.verify(model.forward(ids, positions, cache))
+        forget(cache, result)
+    raise AssertionError("a pass committed nothing")
+
+
+def forget(cache: Tensor, result: VerifyResult) -> None:
+    """Roll the cache back, and poison what was rolled back: nobody may read it."""
+    columns = torch.arange(cache.shape[1])
+    cache[columns > result.num_committed[:, None]] = -(1 << 40)
+
+
+def outcome_counts(tokens: Tensor, vocab_size: int) -> Tensor:
+    """[B, T] tokens -> [V^T] int64 counts, first token most significant."""
+    digits = vocab_size ** torch.arange(tokens.shape[1] - 1, -1, -1)
+    return torch.bincount((tokens * digits).sum(1), minlength=vocab_size ** tokens.shape[1])
+
+
+def g_test(counts: Tensor, law: Tensor) -> float:
+    """The p-value of the G-test of `counts` against `law`, cells with fewer than 5 expected counts pooled.
+
+    Zero where something happened that cannot.
+    """
+    from scipy.stats import chi2
+
+    total = counts.sum()
+    expected = law * total
+    if bool((counts[law == 0] > 0).any()):
+        return 0.0
+    small = expected < 5
+    observed = torch.cat((counts[~small].double(), counts[small].sum(0, keepdim=True).double()))
+    expected = torch.cat((expected[~small], expected[small].sum(0, keepdim=True)))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = 2 * (torch.xlogy(observed, observed / expected)).sum().item()
+    return float(chi2.sf(statistic, max(len(expected) - 1, 1)))
+
+
+def total_variation(counts: Tensor, law: Tensor) -> float:
+    """Half the L1 distance between frequencies and `law`."""
+    return 0.5 * (counts / counts.sum() - law).abs().sum().item()
+
+
+def all_sequences(vocab_size: int, num_tokens: int) -> Tensor:
+    """[V^T, T] int64, in the order of `TableModel.joint`."""
+    return torch.tensor(list(itertools.product(range(vocab_size), repeat=num_tokens)))
+
+
+def expected_total_variation(law: Tensor, count: int) -> float:
+    """The total variation that `count` exact samples show on average: the floor of the measurement."""
+    return 0.5 * (law * (1 - law) * 2 / (math.pi * count)).sqrt().sum().item()

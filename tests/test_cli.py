@@ -1,0 +1,61 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+
+def sjd(*arguments, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "sjd_engine.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_generate_writes_a_png_with_its_recipe(tmp_path):
+    done = sjd("generate", "a red apple", "-o", "deep/apple.png", "--seed", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "passes (NFE)" in done.stdout
+    with Image.open(tmp_path / "deep" / "apple.png") as image:
+        assert image.size == (64, 64)
+        recipe = json.loads(image.text["sjd_engine"])
+    assert recipe["prompt"] == "a red apple"
+    assert recipe["seed"] == 3
+    assert recipe["method"] == "maximal"
+
+
+def test_several_images_get_numbers(tmp_path):
+    done = sjd("generate", "a cat", "-n", "2", "-o", "cat.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat-0.png", "cat-1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["a cat", "--method", "magic"], 2, "known methods"),
+        (["", "-o", "x.png"], 2, "prompt: expected words"),
+        (["a cat", "--window", "-2"], 2, "window_size: expected >= 1"),
+        (["a cat", "--top-k", "-1"], 2, "top_k: expected >= 0"),
+        (["a cat", "-o", "cat.jpg"], 2, "expected a .png file"),
+        (["a cat", "-o", "taken/cat.png"], 2, "output: cannot make the folder"),
+        (["a cat", "--model", "nowhere"], 1, "neither a bundled model"),
+        (["a cat", "--colour", "red"], 2, "No such option"),
+        (["a cat", "--window", "many"], 2, "window"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments_write_nothing(tmp_path, arguments, status, message):
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    done = sjd("generate", *arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_doctor_names_versions_and_backend(tmp_path):
+    done = sjd("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "verify", "reference", "dtype"):
+        assert word in done.stdout

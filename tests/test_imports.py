@@ -1,0 +1,82 @@
+"""The house's one arrow direction, and what `import sjd_engine` may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Who may import what of this project, lowest first; a module may import from its own level and from those above it.
+LEVELS = [
+    {"sjd_engine.kernels", "sjd_engine.errors"},
+    {"sjd_engine.ops", "sjd_engine.sampling", "sjd_engine.methods", "sjd_engine.images"},
+    {"sjd_engine.schedule", "sjd_engine.kv_cache"},
+    {"sjd_engine.decoder", "sjd_engine.models"},
+    {"sjd_engine.outputs", "sjd_engine.request"},
+    {"sjd_engine.engine"},
+    {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing"},
+]
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def room(module: str) -> str:
+    """The longest listed name that holds `module`."""
+    parts = module.split(".")
+    return next(name for i in range(len(parts), 0, -1) if (name := ".".join(parts[:i])) in LEVEL_OF)
+
+
+def imports(path: Path, package: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package if node.level else ""
+            names.add(".".join(filter(None, (base, node.module))))
+            names |= {".".join(filter(None, (base, node.module, alias.name))) for alias in node.names}
+    return names
+
+
+def modules() -> list[tuple[str, Path, str]]:
+    found = [(f"sjd_engine.kernels.{p.stem}", p, "sjd_engine.kernels") for p in (ROOT / "kernels").glob("*.py")]
+    for path in (ROOT / "sjd_engine").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found.append((name, path, name if path.stem == "__init__" else name.rpartition(".")[0]))
+    return found
+
+
+def test_data_flows_one_way():
+    for name, path, package in modules():
+        for imported in imports(path, package):
+            if imported.startswith("sjd_engine.") and room(imported) != room(name):
+                assert LEVEL_OF[room(imported)] <= LEVEL_OF[room(name)], f"{name} imports {imported}"
+
+
+def test_only_ops_and_tests_import_the_kernels():
+    for name, path, package in modules():
+        if room(name) not in ("sjd_engine.ops", "sjd_engine.kernels", "sjd_engine.testing"):
+            assert not any(i.startswith("sjd_engine.kernels") for i in imports(path, package)), name
+
+
+def test_kernels_import_nothing_but_torch_triton_and_numpy():
+    allowed = {"torch", "triton", "numpy", "dataclasses", "sjd_engine.kernels"}
+    for path in (ROOT / "kernels").glob("*.py"):
+        for imported in imports(path, "sjd_engine.kernels"):
+            assert any(imported == name or imported.startswith(name + ".") for name in allowed), (path, imported)
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_light():
+    code = (
+        "import sys, sjd_engine; print([m for m in ('triton', 'transformers', 'typer', 'scipy') if m in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def test_import_takes_less_than_300_ms_beyond_torch():
+    code = "import time, torch, numpy; s = time.perf_counter(); import sjd_engine; print(time.perf_counter() - s)"
+    assert min(float(run(code)) for _ in range(3)) < 0.3
