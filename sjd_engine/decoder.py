@@ -99,7 +99,7 @@ class JacobiDecoder:
         self.device = torch.device(device)
         self._grid = schedule.grid(self.device)
         self._seeds = torch.tensor([signed_64(seed) for seed in seeds], device=self.device)
-        self._warp = self._warp_arguments(batch_size)
+        self.warp_arguments = self.params.warp_arguments(batch_size, vocab_size, self.device)
         self._state = self._new_state(batch_size, num_tokens)
         self._gumbel = self._gumbel_table(num_tokens)
         ops.start(
@@ -153,7 +153,7 @@ class JacobiDecoder:
             seeds=self._seeds,
             reuse_threshold=self.reuse_threshold,
             gumbel_noise=self._gumbel,
-            **self._warp,
+            **self.warp_arguments,
         )
 
     # ------------------------------------------------------------------------------------------------------- results
@@ -234,20 +234,6 @@ class JacobiDecoder:
         }
 
     # -------------------------------------------------------------------------------------------------------- set-up
-
-    def _warp_arguments(self, batch_size: int) -> dict[str, Tensor | None]:
-        """Per-sequence tensors of the warping; None where it would change nothing."""
-
-        def column(value: float, neutral: float, dtype: torch.dtype) -> Tensor | None:
-            return None if value == neutral else torch.full((batch_size,), value, dtype=dtype, device=self.device)
-
-        params = self.params
-        return {
-            "guidance_scale": column(params.guidance_scale, 1.0, torch.float32),
-            "temperature": column(params.temperature, 1.0, torch.float32),
-            "top_k": column(0 if params.top_k >= self.vocab_size else params.top_k, 0, torch.int64),
-            "top_p": column(params.top_p, 1.0, torch.float32),
-        }
 
     def _new_state(self, batch_size: int, num_tokens: int) -> ops.WindowState:
         def zeros(*shape: int) -> Tensor:

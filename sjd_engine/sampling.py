@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -40,3 +43,16 @@ class SamplingParams:
             raise ValueError(f"top_k: expected >= 0 (0 keeps all tokens), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+
+    def warp_arguments(self, batch_size: int, vocab_size: int, device: torch.device) -> dict[str, Tensor | None]:
+        """The [B] tensors that `kernels.reference.warp` takes; None where a parameter changes nothing."""
+
+        def column(value: float, neutral: float, dtype: torch.dtype) -> Tensor | None:
+            return None if value == neutral else torch.full((batch_size,), value, dtype=dtype, device=device)
+
+        return {
+            "guidance_scale": column(self.guidance_scale, 1.0, torch.float32),
+            "temperature": column(self.temperature, 1.0, torch.float32),
+            "top_k": column(0 if self.top_k >= vocab_size else self.top_k, 0, torch.int64),
+            "top_p": column(self.top_p, 1.0, torch.float32),
+        }

@@ -1,13 +1,16 @@
 """Toy models whose laws can be enumerated, and the statistics the exactness tests use. Shared by tests and benches."""
 
-import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.kernels.reference import warp
+from sjd_engine.models.base import ImageModel, Prompt
 from sjd_engine.ops import VerifyResult
+from sjd_engine.sampling import SamplingParams
 
 
 class TableModel:
@@ -60,13 +63,11 @@ class TableModel:
 
         Outcomes are ordered with the first token as the most significant digit.
         """
-        from sjd_engine.kernels.reference import warp
-
         law = torch.ones(1, dtype=torch.float64)
         contexts = torch.zeros(1, dtype=torch.int64)
         for position in range(self.num_tokens):
             rows = self.logits(contexts)[..., None, :, :]
-            one = {name: None if value is None else value[:1] for name, value in decoder._warp.items()}
+            one = {name: None if value is None else value[:1] for name, value in decoder.warp_arguments.items()}
             probs = warp(rows, **one)[0][0].double().softmax(-1)
             if position in decoder.schedule.forced:
                 probs = torch.zeros_like(probs)
@@ -124,11 +125,41 @@ def total_variation(counts: Tensor, law: Tensor) -> float:
     return 0.5 * (counts / counts.sum() - law).abs().sum().item()
 
 
-def all_sequences(vocab_size: int, num_tokens: int) -> Tensor:
-    """[V^T, T] int64, in the order of `TableModel.joint`."""
-    return torch.tensor(list(itertools.product(range(vocab_size), repeat=num_tokens)))
-
-
 def expected_total_variation(law: Tensor, count: int) -> float:
     """The total variation that `count` exact samples show on average: the floor of the measurement."""
     return 0.5 * (law * (1 - law) * 2 / (math.pi * count)).sqrt().sum().item()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Image tokens under one-token-a-pass sampling, each [N, T] float64, in nats.
+
+    log_probs: of the token. entropies, variances: of its law, and of -log p under it.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor
+    variances: Tensor
+
+
+def score_tokens(model: ImageModel, prompt: Prompt, codes: Tensor, params: SamplingParams) -> Scores:
+    """Teacher forcing: one causal pass over `codes` [N, T] of images of one prompt, under the warping of `params`.
+
+    Source: the surprisal martingale; sum(-log p(x) - H) has mean 0 and variance sum(variances) where the codes were
+        drawn from the law itself.
+    """
+    contexts = [prompt.conditional] + ([prompt.unconditional] if params.guidance_scale > 1 else [])
+    logits = []
+    for context in contexts:
+        prefix = torch.tensor(context, device=codes.device).expand(len(codes), -1)
+        ids = torch.cat((prefix, codes[:, :-1] + model.first_code), 1)
+        hidden = model.transformer(ids, model.transformer.new_cache(len(codes), ids.shape[1]))
+        logits.append(model.transformer.logits(hidden[:, len(context) - 1 :]))
+    arguments = params.warp_arguments(len(codes), model.num_codes, codes.device)
+    z = warp(torch.stack(logits) if len(logits) > 1 else logits[0], **arguments)[0]
+    log_probs = z.double().log_softmax(-1)
+    surprisals = torch.where(log_probs.isfinite(), -log_probs, 0)
+    probs = log_probs.exp()
+    entropies = (probs * surprisals).sum(-1)
+    variances = (probs * surprisals**2).sum(-1) - entropies**2
+    return Scores(log_probs.gather(-1, codes[..., None]).squeeze(-1), entropies, variances)
