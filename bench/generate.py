@@ -6,8 +6,8 @@
 Columns:
     NFE           forward passes for an image of 256 tokens, the prompt's included; a guided pair counts once
     tokens/pass   step compression, 256 / NFE
-    ... detail    the same for tokens that are not blank: each pass is shared equally among the tokens it commits, and only
-                  the shares of tokens with more than 1 nat of entropy count. Blank background flatters.
+    ... detail    the same for tokens that are not blank: each pass is shared equally among the tokens it commits, and
+                  only the shares of tokens with more than 1 nat of entropy count. Blank background flatters.
     seconds       for an image, one at a time, decoding only
     vs ar / HF    seconds of this engine's `ar` / of transformers' generate over this row's
     log p         mean log-probability of the committed tokens under one-token-a-pass sampling, nats
@@ -333,7 +333,8 @@ def main() -> None:
     params = engine.model.defaults.params
     console.print(
         f"{args.model}, {len(prompts)} prompts, {num_tokens} tokens, {dtype}, {torch.get_num_threads()} threads, "
-        f"guidance {params.guidance_scale}, temperature {params.temperature}, top-k {params.top_k}, torch {torch.__version__}"
+        f"guidance {params.guidance_scale}, temperature {params.temperature}, top-k {params.top_k}, "
+        f"torch {torch.__version__}"
     )
     if baseline:
         console.print(f"transformers generate: {baseline[0]}; seconds of each setting {baseline[1]}")

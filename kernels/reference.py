@@ -216,6 +216,7 @@ def verify(
     inside = positions < grid.num_tokens
     has_draft = inside & (rows < window_size - 1)
     drafts = state.tokens.gather(1, positions + 1)
+    forced_ids = None if grid.forced_ids is None else grid.forced_ids[positions.clamp_max(grid.num_tokens - 1)]
     reach = state.num_committed[:, None] + torch.arange(2 * window_size - 1, device=device)
     words = None  # of the rows, then of the positions that enter; one token a pass with "match" needs none
     if accept == "ratio" or window_size > 1:
@@ -224,14 +225,8 @@ def verify(
     z, nonfinite = warp(logits, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     target_probs = None if state.draft_probs is None else z.softmax(-1)
     coupled = coupled_draw(z, refresh, seeds, positions, gumbel_noise)
-    forced = forced_ids = None
-    if grid.forced_ids is not None:
-        forced_ids = grid.forced_ids[positions.clamp_max(grid.num_tokens - 1)]
-        forced = forced_ids >= 0
-
     if accept == "match":
-        accepted = accept_drafts(drafts == coupled, forced, has_draft)
-        num_accepted = accepted.cumprod(1).sum(1)
+        accepted = accept_drafts(drafts == coupled, forced_ids, has_draft)
         recovered = refreshed = coupled
     else:
         draft_probs = take_rows(state.draft_probs, positions % state.draft_probs.shape[1])
@@ -240,11 +235,10 @@ def verify(
         u_accept, u_fresh, u_residual, _ = philox.uniform(words[:, :, :window_size])
         ids = drafts.clamp(0, z.shape[-1] - 1)[..., None]  # a forced id may lie outside the image vocabulary
         p_draft, q_draft = (probs.gather(-1, ids).squeeze(-1) for probs in (target_probs, draft_probs))
-        accepted = accept_drafts(u_accept * q_draft < p_draft, forced, has_draft)
-        num_accepted = accepted.cumprod(1).sum(1)
-        at_first = rows == num_accepted[:, None]
+        accepted = accept_drafts(u_accept * q_draft < p_draft, forced_ids, has_draft)
         left_over = residual(target_probs, draft_probs)
         empty = left_over.amax(-1) <= 0
+        at_first = rows == leading(accepted)[:, None]
         from_residual = at_first if refresh in ("fresh", "reuse") else torch.ones_like(at_first)
         weights = torch.where((from_residual & ~empty)[..., None], left_over, target_probs)
         recovered = refreshed = draw(weights, torch.where(from_residual, u_residual, u_fresh))
@@ -254,13 +248,15 @@ def verify(
             refreshed = torch.where(has_draft & (p_draft > reuse_threshold * q_draft), drafts, recovered)
         elif coupled is not None:
             refreshed = coupled
-        state.zero_residual += (empty & at_first & has_draft).sum(1)
-        state.zero_draft_prob += ((q_draft <= 0) & (has_draft if forced is None else has_draft & ~forced)).sum(1)
+        sampled = has_draft if forced_ids is None else has_draft & (forced_ids < 0)
+        state.zero_residual += (empty & at_first & sampled).sum(1)
+        state.zero_draft_prob += ((q_draft <= 0) & sampled).sum(1)
 
+    num_accepted = leading(accepted)
     out = torch.where(rows == num_accepted[:, None], recovered, refreshed)
     out = torch.where(rows < num_accepted[:, None], drafts, out)
-    if forced is not None:
-        out = torch.where(forced, forced_ids, out)
+    if forced_ids is not None:
+        out = torch.where(forced_ids >= 0, forced_ids, out)
 
     num_new = (num_accepted + 1).minimum(grid.num_tokens - state.num_committed)
     state.tokens.scatter_(1, positions + 1, out)
@@ -276,6 +272,11 @@ def verify(
     return VerifyResult(num_accepted.minimum(num_new), state.num_committed.clone())
 
 
+def leading(accepted: Tensor) -> Tensor:
+    """[B, W] bool -> [B] int64: how many drafts are accepted before the first rejection."""
+    return accepted.cumprod(1).sum(1)
+
+
 def coupled_draw(
     z: Tensor, refresh: str, seeds: Tensor, positions: Tensor, gumbel_noise: Tensor | None
 ) -> Tensor | None:
@@ -289,9 +290,9 @@ def coupled_draw(
     return (z + take_rows(gumbel_noise, positions.clamp_max(gumbel_noise.shape[1] - 1))).argmax(-1)
 
 
-def accept_drafts(passed: Tensor, forced: Tensor | None, has_draft: Tensor) -> Tensor:
+def accept_drafts(passed: Tensor, forced_ids: Tensor | None, has_draft: Tensor) -> Tensor:
     """[B, W] bool: drafts that passed their test or are forced."""
-    return has_draft & (passed if forced is None else passed | forced)
+    return has_draft & (passed if forced_ids is None else passed | (forced_ids >= 0))
 
 
 def take_rows(ring: Tensor, index: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def generate(
         negative_prompt=negative_prompt,
         init=init,
     )
+    output.parent.mkdir(parents=True, exist_ok=True)
     for path, image, stats, image_seed in zip(paths, out.images, out.stats, out.seeds, strict=True):
         recipe = {
             "prompt": prompt,
@@ -90,18 +91,14 @@ def doctor() -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Refuse an output that can't be written before any work. Raises: ValueError naming it."""
-    folder = output.parent
+    """Refuse an output that can't be written before any work, and make nothing. Raises: ValueError naming it."""
     if output.suffix.lower() != ".png":
         raise ValueError(f"output: expected a .png file, got {str(output)!r}")
     if output.is_dir():
         raise ValueError(f"output: {str(output)!r} is a folder; name a .png file in it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output: cannot make the folder {str(folder)!r} ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"output: the folder {str(folder)!r} is not writable")
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"output: cannot write {str(output)!r}: {str(nearest)!r} is not a writable folder")
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """The ops the decoder calls, and the name of what runs them. The only importer of `sjd_engine.kernels`."""
 
 from sjd_engine.kernels import philox
-from sjd_engine.kernels.reference import Grid, VerifyResult, WindowState, start, verify
+from sjd_engine.kernels.reference import Grid, VerifyResult, WindowState, start, verify, warp
 
-__all__ = ["Grid", "VerifyResult", "WindowState", "backend", "philox", "start", "verify"]
+__all__ = ["Grid", "VerifyResult", "WindowState", "backend", "philox", "start", "verify", "warp"]
 
 
 def backend() -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Schedule:
         """T: image tokens and forced tokens."""
         return self.rows * self.cols + len(self.forced)
 
-    @property
+    @cached_property
     def image_positions(self) -> Tensor:
         """[rows * cols] int64: the position of each image token, in raster order."""
         return torch.tensor([t for t in range(self.num_tokens) if t not in self.forced])

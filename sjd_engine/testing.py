@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
-from sjd_engine.kernels.reference import warp
 from sjd_engine.models.base import ImageModel, Prompt
-from sjd_engine.ops import VerifyResult
+from sjd_engine.ops import VerifyResult, warp
 from sjd_engine.sampling import SamplingParams
 
 
@@ -92,7 +91,7 @@ def decode(model: TableModel, decoder: JacobiDecoder) -> Tensor:
 def forget(cache: Tensor, result: VerifyResult) -> None:
     """Roll the cache back, and poison what was rolled back: nobody may read it."""
     columns = torch.arange(cache.shape[1])
-    cache[columns > result.num_committed[:, None]] = -(1 << 40)
+    cache[columns >= result.num_committed[:, None]] = -(1 << 40)
 
 
 def outcome_counts(tokens: Tensor, vocab_size: int) -> Tensor:

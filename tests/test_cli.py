@@ -33,12 +33,12 @@ def test_several_images_get_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["a cat", "--method", "magic"], 2, "known methods"),
+        (["a cat", "--method", "magic", "-o", "new/cat.png"], 2, "known methods"),
         (["", "-o", "x.png"], 2, "prompt: expected words"),
         (["a cat", "--window", "-2"], 2, "window_size: expected >= 1"),
         (["a cat", "--top-k", "-1"], 2, "top_k: expected >= 0"),
         (["a cat", "-o", "cat.jpg"], 2, "expected a .png file"),
-        (["a cat", "-o", "taken/cat.png"], 2, "output: cannot make the folder"),
+        (["a cat", "-o", "taken/cat.png"], 2, "is not a writable folder"),
         (["a cat", "--model", "nowhere"], 1, "neither a bundled model"),
         (["a cat", "--colour", "red"], 2, "No such option"),
         (["a cat", "--window", "many"], 2, "window"),

@@ -1,6 +1,6 @@
 """Measure the exported model and write its card: nats a token, calibration curve, a grid of samples.
 
-    python examples/emoji/model_card.py --cache .cache/emoji --model sjd_engine/assets/emoji
+python examples/emoji/model_card.py --cache .cache/emoji --model sjd_engine/assets/emoji
 """
 
 import argparse
