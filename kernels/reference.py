@@ -42,7 +42,7 @@ class WindowState:
         the caller's prompt; columns past T are scratch.
     num_committed: [B] int64, C.
     iteration: [B] int64. Passes this sequence has taken part in; a counter of its random draws.
-    draft_probs: [B, R, V] float32 ring of laws by position, R >= 2W + the distance to the token above; None where
+    draft_probs: [B, R, V] float32 ring of laws by position, R >= 2W + grid.reach; None where
         neither the acceptance test nor the initialisation reads a law.
     commit_pass: [B, T + W] int64. The pass in which each token was committed, from 0; -1 before. Columns past T are
         scratch.
@@ -69,12 +69,14 @@ class Grid:
     row_start: [T] int64, position of the first image token of the same grid row; -1 at forced positions.
     above: [T] int64, position of the token one grid row up; -1 in the first row and at forced positions.
     cols: image tokens in a grid row.
+    reach: the largest distance between a token and the one above it; 0 with one row.
     """
 
     forced_ids: Tensor | None
     row_start: Tensor
     above: Tensor
     cols: int
+    reach: int
 
     @property
     def num_tokens(self) -> int:

@@ -244,13 +244,8 @@ class JacobiDecoder:
         tokens[:, 0] = -1
         draft_probs = None
         if self.method.accept == "ratio" or (self.init.endswith("sample") and window > 1):
-            above = self._grid.above
-            reach = (
-                int((torch.arange(num_tokens, device=self.device) - above)[above >= 0].amax())
-                if (above >= 0).any()
-                else 1
-            )
-            draft_probs = torch.zeros(batch_size, 2 * window + reach, self.vocab_size, device=self.device)
+            ring = 2 * window + self._grid.reach
+            draft_probs = torch.zeros(batch_size, ring, self.vocab_size, device=self.device)
         return ops.WindowState(
             tokens=tokens,
             num_committed=zeros(batch_size),
@@ -268,7 +263,8 @@ class JacobiDecoder:
         if 4 * self.batch_size * num_tokens * self.vocab_size > GUMBEL_TABLE_LIMIT_BYTES:
             return None
         positions = torch.arange(num_tokens, device=self.device).expand(self.batch_size, -1)
-        return ops.philox.gumbel_noise(self._seeds, positions, self.vocab_size)
+        chunks = positions.split(64, dim=1)  # the hash needs many times the memory of its result
+        return torch.cat([ops.philox.gumbel_noise(self._seeds, chunk, self.vocab_size) for chunk in chunks], 1)
 
 
 def signed_64(seed: int) -> int:

@@ -73,4 +73,5 @@ class Schedule:
             forced_ids = torch.full((self.num_tokens,), -1)
             forced_ids[list(self.forced)] = torch.tensor(list(self.forced.values()))
             forced_ids = forced_ids.to(device)
-        return Grid(forced_ids, row_start.to(device), above.to(device), self.cols)
+        reach = int((positions[self.cols :] - positions[: -self.cols]).amax()) if self.rows > 1 else 0
+        return Grid(forced_ids, row_start.to(device), above.to(device), self.cols, reach)
