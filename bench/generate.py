@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sjd_engine import Engine
-from sjd_engine.engine import Batch
+from sjd_engine.batch import Batch
 from sjd_engine.methods import METHODS
 from sjd_engine.models import checkpoint_folder
 from sjd_engine.outputs import ImageStats
@@ -134,7 +134,7 @@ def run_engine(engine: Engine, row: Row, prompt: str, seed: int, ar_codes: Tenso
     request = make_request(
         engine.model, prompt, method=row.method, window_size=row.window, init=row.init or "random", seed=seed
     )
-    batch = Batch(engine.model, request, [0])
+    batch = Batch(engine.model, request, [0], batch_invariant=engine.batch_invariant)
     with TransformerClock(engine) as clock:
         for _ in batch.run():
             pass

@@ -1,7 +1,7 @@
 """The engine: prompts in, images out."""
 
 import sys
-import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.batch import Batch
 from sjd_engine.images import convert
 from sjd_engine.models import ImageModel, load_model
 from sjd_engine.outputs import Generation, ImageStats, StepInfo, StreamEvent
@@ -27,6 +27,9 @@ class Engine:
         device: None takes CUDA where there is one, else the CPU.
         dtype: of the transformer; None takes bfloat16 where the device computes in it, else float32.
         max_batch_size: images decoded together; more are taken in turn.
+        batch_invariant: an image is bit for bit the same alone and in any batch, at the price of one transformer call
+            for each image of a pass. None takes it in float32, where reproducing an image is worth it. Without it the
+            batch changes the rounding of the logits, and now and then a token.
     Raises: CheckpointError where the model cannot be loaded, ValueError for bad arguments.
 
         >>> out = Engine("emoji").generate("a red apple", seed=1)
@@ -40,6 +43,7 @@ class Engine:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_batch_size: int = 8,
+        batch_invariant: bool | None = None,
     ):
         self.max_batch_size = at_least("max_batch_size", max_batch_size, 1)
         if isinstance(model, ImageModel):
@@ -49,6 +53,8 @@ class Engine:
             self.model = load_model(model, chosen, dtype or default_dtype(chosen))
         else:
             raise TypeError(f"model: expected a name, a checkpoint folder or an ImageModel, got {model!r}")
+        exact = self.model.transformer.dtype == torch.float32
+        self.batch_invariant = exact if batch_invariant is None else batch_invariant
 
     def generate(
         self,
@@ -123,6 +129,14 @@ class Engine:
                 finished += len(batch.indices)
                 token_ids.append(batch.codes())
                 stats += batch.stats()
+        nonfinite = sum(image.nonfinite_rows for image in stats)
+        if nonfinite:
+            warnings.warn(
+                f"{nonfinite} rows of logits had no finite entry and were taken as uniform: damaged weights, or "
+                f"overflow in {self.model.transformer.dtype}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         codes = torch.cat(token_ids)
         images = None if output_type == "codes" else convert(self._decode(codes, request), output_type)
         return Generation(images, codes, stats, request.seeds)
@@ -151,7 +165,7 @@ class Engine:
                         continue
                     if done:
                         complete.add(row)
-                    drafted = min(committed + request.window_size - 1, info.num_tokens)
+                    drafted = min(committed + batch.decoder.window_size - 1, info.num_tokens)
                     image = None
                     if request.output_type != "codes":
                         image = convert(self._preview(batch, row, drafted, request), request.output_type)[0]
@@ -165,17 +179,17 @@ class Engine:
                         stats=batch.stats()[row] if done else None,
                     )
 
-    def _batches(self, request: Request) -> Iterator["Batch"]:
+    def _batches(self, request: Request) -> Iterator[Batch]:
         for first in range(0, len(request.seeds), self.max_batch_size):
             last = min(first + self.max_batch_size, len(request.seeds))
-            yield Batch(self.model, request, list(range(first, last)))
+            yield Batch(self.model, request, list(range(first, last)), batch_invariant=self.batch_invariant)
 
     def _decode(self, codes: Tensor, request: Request) -> Tensor:
         """[N, rows * cols] codes -> [N, 3, H, W] pixels, a few images at a time."""
         grids = codes.view(-1, request.schedule.rows, request.schedule.cols).split(self.max_batch_size)
         return torch.cat([self.model.decode(grid) for grid in grids])
 
-    def _preview(self, batch: "Batch", row: int, drafted: int, request: Request) -> Tensor:
+    def _preview(self, batch: Batch, row: int, drafted: int, request: Request) -> Tensor:
         """[1, 3, H, W]: the image as far as its tokens are known or drafted."""
         schedule = request.schedule
         known = (schedule.image_positions < drafted).view(1, 1, schedule.rows, schedule.cols)
@@ -183,100 +197,6 @@ class Engine:
         patch = pixels.shape[-1] // schedule.cols
         shown = known.repeat_interleave(patch, 2).repeat_interleave(patch, 3).to(pixels.device)
         return torch.where(shown, pixels, UNKNOWN_GREY)
-
-
-class Batch:
-    """Images that are decoded together, each at its own pace: decoder, cache and the model between them."""
-
-    def __init__(self, model: ImageModel, request: Request, indices: list[int]):
-        self.model, self.indices = model, indices
-        self.decoder = JacobiDecoder(
-            batch_size=len(indices),
-            num_tokens=request.schedule.num_tokens,
-            vocab_size=model.num_codes,
-            window_size=request.window_size,
-            method=request.method.name,
-            params=request.params,
-            seeds=[request.seeds[i] for i in indices],
-            schedule=request.schedule,
-            init=request.init,
-            reuse_threshold=request.reuse_threshold,
-            device=model.device,
-        )
-        contexts = [request.prompts[i].conditional for i in indices]
-        if self.decoder.guided:
-            contexts += [request.prompts[i].unconditional for i in indices]
-        self._copies = len(contexts) // len(indices)
-        longest = max(map(len, contexts))
-        padded = torch.zeros(len(contexts), longest, dtype=torch.int64)
-        for row, context in zip(padded, contexts, strict=True):
-            row[: len(context)] = torch.tensor(context)
-        self._prompt = padded.to(model.device)
-        self._prefix_lengths = torch.tensor([len(c) - 1 for c in contexts], device=model.device)
-        self._anchor_ids = self._prompt.gather(1, self._prefix_lengths[:, None]).squeeze(1)
-        capacity = longest + request.schedule.num_tokens + 2 * self.decoder.window_size
-        self.kv_cache = model.transformer.new_cache(len(contexts), capacity)
-        self._passes = 0
-        self._seconds = [0.0] * len(indices)
-
-    def run(self) -> Iterator[StepInfo]:
-        """Decode to the end, telling of every pass."""
-        started = time.perf_counter()
-        while not self.decoder.done:
-            self.step()
-            seconds = time.perf_counter() - started
-            committed = self.decoder.num_committed.tolist()  # sync: progress, callbacks and times
-            num_tokens = self.decoder.num_tokens
-            for row, count in enumerate(committed):
-                if count == num_tokens and not self._seconds[row]:
-                    self._seconds[row] = seconds
-            yield StepInfo(self.indices, committed, num_tokens, self._passes, seconds)
-
-    def step(self) -> None:
-        """One pass: the window through the transformer, verified, and the cache rolled back."""
-        ids, _ = self.decoder.window()
-        logits = self.forward(ids)
-        result = self.decoder.verify(logits)
-        self.kv_cache.rollback(self._prefix_lengths + result.num_committed.repeat(self._copies))
-        self._passes += 1
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of the window ids [B, W]: [B, W, V], or [2, B, W, V] with guidance. The first pass takes the prompt
-        along, so that it costs no pass of its own."""
-        window = self.model.window_token_ids(ids.repeat(self._copies, 1), self._anchor_ids)
-        slots = None
-        if self._passes == 0:
-            slots = self._prefix_lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
-            prompt = torch.nn.functional.pad(self._prompt[:, :-1], (0, ids.shape[1]))
-            window = prompt.scatter(1, slots, window)
-        hidden = self.model.transformer(window, self.kv_cache)
-        if slots is not None:
-            hidden = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = self.model.transformer.logits(hidden)
-        return logits.unflatten(0, (self._copies, -1)) if self._copies > 1 else logits
-
-    def codes(self) -> Tensor:
-        """[B, rows * cols] int64 image codes: committed, drafted, or without meaning."""
-        image = self.decoder.schedule.image_positions.to(self.decoder.device)
-        return self.decoder.draft_ids[:, image]
-
-    def stats(self) -> list[ImageStats]:
-        """Statistics of every image of the batch."""
-        schedule, stats = self.decoder.schedule, self.decoder.stats
-        maps = stats.commit_pass[:, schedule.image_positions].view(-1, schedule.rows, schedule.cols)
-        return [
-            ImageStats(
-                nfe=stats.iterations[row],
-                num_tokens=schedule.num_tokens,
-                committed_per_pass=stats.committed_per_pass[row],
-                seconds=self._seconds[row],
-                acceptance_map=maps[row].numpy(),
-                zero_residual=stats.zero_residual[row],
-                nonfinite_rows=stats.nonfinite_rows[row],
-                zero_draft_prob=stats.zero_draft_prob[row],
-            )
-            for row in range(len(self.indices))
-        ]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ class KVCache:
 
     Args:
         num_layers: L.
-        num_sequences: S. With guidance the conditional sequences come first, then the unconditional ones.
+        num_sequences: S. With guidance the two sequences of an image lie side by side.
         capacity: tokens a sequence may hold, those of a window that will be rejected included.
         num_kv_heads, head_dim: KH, D.
     """
@@ -30,6 +30,12 @@ class KVCache:
         self.tokens = torch.zeros(
             num_layers, num_sequences, capacity, 2, num_kv_heads, head_dim, dtype=dtype, device=device
         )
+
+    def narrow(self, rows: slice) -> "KVCache":
+        """The sequences `rows` as a cache of their own, on the same storage."""
+        part = object.__new__(KVCache)
+        part.capacity, part.lengths, part.tokens = self.capacity, self.lengths[rows], self.tokens[:, rows]
+        return part
 
     def positions(self, num_new: int) -> Tensor:
         """[S, num_new] int64: where the next tokens of each sequence go. Raises: ValueError past the capacity."""

@@ -61,6 +61,12 @@ def test_jacobi_equals_greedy_decoding(engine):
     assert torch.equal(codes(engine, PROMPTS[0], method="jacobi", window_size=16), greedy)
 
 
+def test_bfloat16_can_be_batch_invariant_too(engine_bf16):
+    engine = Engine(engine_bf16.model, batch_invariant=True)
+    batch = codes(engine, PROMPTS, seed=[5, 6, 7])
+    assert torch.equal(codes(engine, PROMPTS[1], seed=6), batch[1:2])
+
+
 def test_batches_are_taken_in_turn(engine):
     small = Engine(engine.model, max_batch_size=2)
     out, expected = (codes(e, PROMPTS, seed=3) for e in (small, engine))
@@ -186,7 +192,7 @@ BAD_ARGUMENTS = [
     ({"prompt": ["a cat", ""]}, ValueError, "prompt: expected words"),
     ({"prompt": 5}, TypeError, "prompt: expected str"),
     ({"prompt": ["a cat", None]}, TypeError, "prompt: expected str"),
-    ({"prompt": "very " * 40 + "long"}, ValueError, "prompt: expected at most 20 tokens, got 4"),
+    ({"prompt": "very " * 40 + "long"}, ValueError, "prompt: expected at most 20 tokens, got 1"),
     ({"method": "magic"}, ValueError, "known methods: ar, jacobi, sjd, sjd"),
     ({"init": "magic"}, ValueError, "known initialisations"),
     ({"window_size": 0}, ValueError, "window_size: expected >= 1, got 0"),
@@ -215,6 +221,13 @@ def test_bad_arguments_are_refused_before_anything_runs(engine_bf16, change, err
     arguments = {"prompt": "a cat", **SHORT, **change}
     with pytest.raises(error, match=message):
         engine_bf16.generate(**arguments)
+
+
+def test_a_model_that_says_nothing_finite_is_warned_about(engine_bf16, monkeypatch):
+    transformer = type(engine_bf16.model.transformer)
+    monkeypatch.setattr(transformer, "logits", lambda self, hidden: torch.full((*hidden.shape[:-1], 1000), torch.nan))
+    with pytest.warns(RuntimeWarning, match="no finite entry"):
+        assert codes(engine_bf16, "a cat").shape == (1, 256)
 
 
 @pytest.mark.parametrize("arguments", [{"model": 3}, {"max_batch_size": 0}, {"max_batch_size": "8"}])

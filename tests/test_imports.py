@@ -14,6 +14,7 @@ LEVELS = [
     {"sjd_engine.schedule", "sjd_engine.kv_cache"},
     {"sjd_engine.decoder", "sjd_engine.models"},
     {"sjd_engine.outputs", "sjd_engine.request"},
+    {"sjd_engine.batch"},
     {"sjd_engine.engine"},
     {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing"},
 ]
