@@ -1,0 +1,73 @@
+"""The parts of the training scripts that the shipped weights depend on."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sjd_engine.models.detokenizers.fsq import FSQConfig, codes_to_values
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "emoji"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+def test_encoder_and_detokenizer_mean_the_same_by_a_code(script):
+    torch.manual_seed(0)
+    encoder = script("train_tokenizer").FSQEncoder(FSQConfig(channels=16))
+    values, codes = encoder(3 * torch.randn(4, 3, 64, 64))
+    assert codes.shape == (4, 16, 16)
+    assert len(codes.unique()) > 50
+    torch.testing.assert_close(codes_to_values(codes, FSQConfig().levels).permute(0, 3, 1, 2), values)
+
+
+def test_encoder_reaches_every_level_and_none_beyond(script):
+    encoder = script("train_tokenizer").FSQEncoder(FSQConfig(channels=16))
+    encoder.conv_out.weight.data.mul_(100)
+    values, codes = encoder(torch.randn(16, 3, 64, 64))
+    assert codes.min() >= 0
+    assert codes.max() < 1000
+    for channel, level in enumerate(FSQConfig().levels):
+        assert len(values[:, channel].detach().round(decimals=3).unique()) == level
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(script, tmp_path, monkeypatch):
+    checkpoints = script("checkpoints")
+    path, part = tmp_path / "model.pt", torch.nn.Linear(2, 2)
+    assert checkpoints.load_checkpoint(path, part) == 0
+    checkpoints.save_checkpoint(path, 5, part)
+    saved = part.weight.clone()
+    part.weight.data.zero_()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_checkpoint(path, 6, part)
+    assert checkpoints.load_checkpoint(path, part) == 5
+    assert torch.equal(part.weight, saved)
+
+
+def test_captions_name_what_the_picture_shows(script):
+    data = script("data")
+    glyph = data.Glyph("noto", "1f34e", "red apple", "apple", "food fruit", "")
+    compositor = object.__new__(data.Compositor)
+    compositor.glyphs = [glyph]
+    rng = np.random.default_rng(0)
+    captions = {compositor.caption(0, "wood", rng) for _ in range(300)}
+    assert {"noto red apple on wood", "a red apple on wood", "red apple on wood", "a red apple"} <= captions
+    assert all("apple" in caption for caption in captions)
+
+
+@pytest.mark.parametrize("name", ["purple heart", "green square"])
+def test_the_shown_compositions_are_held_out(script, name):
+    data = script("data")
+    assert data.held_out_concept(data.Glyph("noto", "1f000", name, name, "", ""))
+    assert not data.held_out_concept(data.Glyph("noto", "1f34e", "red apple", "apple", "", ""))
