@@ -4,7 +4,7 @@ Weights are bfloat16 in the network and float32 in the optimizer (Muon for the m
 rest). The learning rate warms up, stays, and falls linearly over the last `--decay` of the steps, so that a run which
 has not begun to fall can be given more `--steps` and resumed.
 
-    python examples/emoji/train_transformer.py --cache .cache/emoji --steps 6000
+    python examples/emoji/train_transformer.py --cache .cache/emoji --steps 3000
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from checkpoints import load_checkpoint, save_checkpoint
 from data import Compositor, load_glyphs
 from prepare import BACKGROUNDS, MAX_PROMPT_TOKENS, TEXT_VOCAB_SIZE
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
@@ -114,13 +115,14 @@ class MasterWeights(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--decay", type=float, default=0.35, help="share of the steps over which the rate falls to 0")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-from", type=Path, help="exported folder whose weights a new run starts from")
     parser.add_argument("--stop-after", type=int, help="end after this many steps of this run (for timing)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
@@ -141,6 +143,10 @@ def main() -> None:
     adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     path = args.cache / "transformer.pt"
     start = load_checkpoint(path, master, muon, adamw)
+    if args.start_from and not start:
+        exported = load_file(args.start_from / "model.safetensors")
+        for (name, _), copy in zip(model.named_parameters(), master.copies, strict=True):
+            copy.data.copy_(exported[f"model.{name}"])
     master.give_weights()
     print(f"{sum(p.numel() for p in master.copies) / 1e6:.2f} M parameters, {len(train)} pictures", flush=True)
     step_loss = torch.compile(nats_per_token, dynamic=False) if args.compile else nats_per_token
