@@ -20,6 +20,7 @@ from sjd_engine.models.base import ImageModel, Prompt
 from sjd_engine.testing import score_tokens
 
 DISTANCES = (1, 3, 5, 7, 16)
+SHEET_GUIDANCE = 3.0  # for people to look at; the default of the model is 2
 SEEN = [
     "a red apple on white",
     "noto soccer ball on grass",
@@ -92,7 +93,7 @@ def reconstruction_mse(model: ImageModel, cache: Path, data: CaptionedCodes, cou
 
 def sample_grid(engine: Engine, prompts: list[str], path: Path, columns: int, seed: int) -> None:
     """A captioned picture of one sample for each prompt, at twice the size."""
-    images = engine.generate(prompts, seed=seed, progress=False).images
+    images = engine.generate(prompts, seed=seed, guidance_scale=SHEET_GUIDANCE, progress=False).images
     side, text = 128, 30
     rows = -(-len(prompts) // columns)
     sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + text + 8) + 8), "white")
@@ -147,6 +148,9 @@ Combinations that training never showed:
 
 ![unseen](unseen.png)
 
+Hearts, squares, faces, moons and balls are recognisable; objects with more parts (pizza, car, mushroom) are still shapes in
+the right colours on the right background. The likelihood was still falling: more steps would sharpen them.
+
 Written by `python examples/emoji/model_card.py`.
 """
 
@@ -185,7 +189,7 @@ def main() -> None:
         "rule": "|".join("---" for _ in DISTANCES),
         "curve": " | ".join(f"{value:.3f}" for value in curve.values()),
         "seed": args.seed,
-        "guidance": params.guidance_scale,
+        "guidance": SHEET_GUIDANCE,
         "temperature": params.temperature,
         "top_k": params.top_k,
     }
