@@ -148,8 +148,8 @@ Combinations that training never showed:
 
 ![unseen](unseen.png)
 
-Hearts, squares, faces, moons and balls are recognisable; objects with more parts (pizza, car, mushroom) are still shapes in
-the right colours on the right background. The likelihood was still falling: more steps would sharpen them.
+Hearts, squares and round faces are recognisable, and so are all backgrounds; most other objects are still shapes in the
+right colours. Training was stopped by time, not by the likelihood: a longer run would sharpen them.
 
 Written by `python examples/emoji/model_card.py`.
 """
