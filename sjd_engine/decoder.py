@@ -194,7 +194,7 @@ class JacobiDecoder:
         commit_pass = state.commit_pass[:, : self.num_tokens].cpu()  # sync: for people
         iterations = state.iteration.tolist()  # sync: for people
         per_pass = [
-            torch.bincount(row[row >= 0], minlength=passes).tolist()
+            torch.bincount(row[row >= 0], minlength=passes).tolist()  # sync: on the host already
             for row, passes in zip(commit_pass, iterations, strict=True)
         ]
         counters = (state.zero_residual, state.nonfinite_rows, state.zero_draft_prob)
@@ -229,7 +229,7 @@ class JacobiDecoder:
             "vocab_size": self.vocab_size,
             "params": vars(self.params),
             "reuse_threshold": self.reuse_threshold,
-            "seeds": self._seeds.tolist(),
+            "seeds": self._seeds.tolist(),  # sync: preemption
             "schedule": (self.schedule.rows, self.schedule.cols, dict(self.schedule.forced)),
         }
 
