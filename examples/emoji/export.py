@@ -37,6 +37,8 @@ def main() -> None:
     tokenizer = torch.load(args.cache / "tokenizer.pt", weights_only=True)["parts"][0]
     decoder = {n.removeprefix("decoder."): t.bfloat16() for n, t in tokenizer.items() if n.startswith("decoder.")}
     save_file({n: t.contiguous() for n, t in decoder.items()}, args.out / "detokenizer.safetensors")
+    encoder = {n.removeprefix("encoder."): t.contiguous() for n, t in tokenizer.items() if n.startswith("encoder.")}
+    save_file(encoder, args.out / "encoder.safetensors")  # float32: training further needs the very same codes
     (args.out / "detokenizer_config.json").write_text(json.dumps(asdict(FSQConfig()), indent=2) + "\n")
     shutil.copyfile(args.cache / "text_tokenizer.json", args.out / "tokenizer.json")
 

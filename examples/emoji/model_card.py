@@ -82,12 +82,12 @@ def calibration(model: ImageModel, data: CaptionedCodes, count: int) -> dict[int
     return {distance: float(np.mean(values)) for distance, values in moved.items()}
 
 
-def reconstruction_mse(model: ImageModel, cache: Path, data: CaptionedCodes, count: int = 256) -> float:
+def reconstruction_mse(model: ImageModel, folder: Path, data: CaptionedCodes, count: int = 256) -> float:
     """Mean squared error of the image tokenizer on fresh composites, pixels in [-1, 1]."""
     rng = np.random.default_rng(7)
     images = to_tensor([data.captions.compose(int(data.glyph[row]), rng)[1] for row in range(count)])
     with torch.inference_mode():
-        codes = load_encoder(cache)(images)[1]
+        codes = load_encoder(folder)(images)[1]
         return (model.detokenizer(codes) - images).square().mean().item()
 
 
@@ -178,7 +178,7 @@ def main() -> None:
         "heads": block.num_heads,
         "kv_heads": block.num_kv_heads,
         "params": sum(p.numel() for name, p in model.transformer.named_parameters() if name != "head") / 1e6,
-        "mse": reconstruction_mse(model, args.cache, held_out),
+        "mse": reconstruction_mse(model, args.model, held_out),
         "steps": torch.load(args.cache / "transformer.pt", weights_only=True)["step"],
         "count": args.pictures,
         "in_sample": in_sample,

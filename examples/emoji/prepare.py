@@ -4,11 +4,13 @@ python examples/emoji/prepare.py --cache .cache/emoji --pictures 80000
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from data import COLORS, TEXTURES, Compositor, Glyph, held_out_concept, held_out_pair, load_glyphs, sampling_weight
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from train_tokenizer import FSQEncoder, to_tensor
@@ -83,10 +85,15 @@ def encode_pictures(
     }
 
 
-def load_encoder(cache: Path) -> FSQEncoder:
+def load_encoder(folder: Path) -> FSQEncoder:
+    """The image encoder of an exported folder, or of a training cache."""
     encoder = FSQEncoder(FSQConfig())
-    state = torch.load(cache / "tokenizer.pt", weights_only=True)["parts"][0]
-    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
+    if (folder / "encoder.safetensors").exists():
+        state = load_file(folder / "encoder.safetensors")
+    else:
+        saved = torch.load(folder / "tokenizer.pt", weights_only=True)["parts"][0]
+        state = {k.removeprefix("encoder."): v for k, v in saved.items() if k.startswith("encoder.")}
+    encoder.load_state_dict(state)
     return encoder.eval()
 
 
@@ -100,13 +107,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--held-out", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizers-from", type=Path, help="exported folder whose tokenizers to use, not new ones")
     args = parser.parse_args()
 
     glyphs, rgba = load_glyphs(args.cache)
     compositor = Compositor(glyphs, rgba)
-    encoder = load_encoder(args.cache)
+    encoder = load_encoder(args.tokenizers_from or args.cache)
     seen, unseen = weights_of(glyphs, held_out=False), weights_of(glyphs, held_out=True)
-    train_text_tokenizer(compositor, seen, args.seed).save(str(args.cache / "text_tokenizer.json"))
+    if args.tokenizers_from:
+        shutil.copyfile(args.tokenizers_from / "tokenizer.json", args.cache / "text_tokenizer.json")
+    else:
+        train_text_tokenizer(compositor, seen, args.seed).save(str(args.cache / "text_tokenizer.json"))
     for name, weights, count, keep_pairs in (
         ("held_out", unseen, args.held_out, True),
         ("train", seen, args.pictures, False),
