@@ -352,7 +352,6 @@ def fill_window(
                 laws = torch.nn.functional.one_hot(copied, vocab_size).float()
         else:
             laws = take_rows(state.draft_probs, source.clamp_min(0) % state.draft_probs.shape[1])
-            laws[~known] = 1.0 / vocab_size
             copied = draw(laws, philox.uniform(words))
         if isinstance(laws, Tensor):
             laws = torch.where(known[..., None], laws, 1.0 / vocab_size)

@@ -37,12 +37,15 @@ class KVCache:
         part.capacity, part.lengths, part.tokens = self.capacity, self.lengths[rows], self.tokens[:, rows]
         return part
 
-    def positions(self, num_new: int) -> Tensor:
-        """[S, num_new] int64: where the next tokens of each sequence go. Raises: ValueError past the capacity."""
+    def positions(self, num_new: int) -> tuple[Tensor, int]:
+        """Where the next tokens of each sequence go, [S, num_new] int64, and the tokens the longest will then hold.
+
+        Raises: ValueError past the capacity.
+        """
         longest = int(self.lengths.amax())  # sync: the span of the attention
         if longest + num_new > self.capacity:
             raise ValueError(f"KVCache: {longest} + {num_new} tokens exceed the capacity of {self.capacity}")
-        return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
+        return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device), longest + num_new
 
     def slot_mapping(self, positions: Tensor) -> Tensor:
         """[S * N] int64: the row of each new token in a layer's flat storage."""

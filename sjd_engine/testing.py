@@ -141,19 +141,22 @@ class Scores:
     variances: Tensor
 
 
+def teacher_forced_logits(model: ImageModel, context: list[int], codes: Tensor) -> Tensor:
+    """[N, T, V] float32: one causal pass over `codes` [N, T] of images that all follow the prompt `context`."""
+    prefix = torch.tensor(context, device=codes.device).expand(len(codes), -1)
+    ids = torch.cat((prefix, codes[:, :-1] + model.first_code), 1)
+    hidden = model.transformer(ids, model.transformer.new_cache(len(codes), ids.shape[1]))
+    return model.transformer.logits(hidden[:, len(context) - 1 :])
+
+
 def score_tokens(model: ImageModel, prompt: Prompt, codes: Tensor, params: SamplingParams) -> Scores:
-    """Teacher forcing: one causal pass over `codes` [N, T] of images of one prompt, under the warping of `params`.
+    """Teacher forcing of `codes` [N, T], images of one prompt, under the warping of `params`.
 
     Source: the surprisal martingale; sum(-log p(x) - H) has mean 0 and variance sum(variances) where the codes were
         drawn from the law itself.
     """
     contexts = [prompt.conditional] + ([prompt.unconditional] if params.guidance_scale > 1 else [])
-    logits = []
-    for context in contexts:
-        prefix = torch.tensor(context, device=codes.device).expand(len(codes), -1)
-        ids = torch.cat((prefix, codes[:, :-1] + model.first_code), 1)
-        hidden = model.transformer(ids, model.transformer.new_cache(len(codes), ids.shape[1]))
-        logits.append(model.transformer.logits(hidden[:, len(context) - 1 :]))
+    logits = [teacher_forced_logits(model, context, codes) for context in contexts]
     arguments = params.warp_arguments(len(codes), model.num_codes, codes.device)
     z = warp(torch.stack(logits) if len(logits) > 1 else logits[0], **arguments)[0]
     log_probs = z.double().log_softmax(-1)

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from prepare import load_encoder
-from torch import Tensor
 from train_tokenizer import to_tensor
 from train_transformer import CaptionedCodes
 
 from sjd_engine import Engine, SamplingParams
 from sjd_engine.models.base import ImageModel, Prompt
-from sjd_engine.testing import score_tokens
+from sjd_engine.testing import score_tokens, teacher_forced_logits
 
 DISTANCES = (1, 3, 5, 7, 16)
 SHEET_GUIDANCE = 3.0  # for people to look at; the default of the model is 2
@@ -53,15 +52,6 @@ def nats_per_token(model: ImageModel, data: CaptionedCodes, count: int) -> float
     return total / count
 
 
-@torch.inference_mode()
-def laws(model: ImageModel, ids: list[int], codes: Tensor) -> Tensor:
-    """[N, T, V]: the law of every image token under teacher forcing."""
-    prefix = torch.tensor(ids).expand(len(codes), -1)
-    tokens = torch.cat((prefix, codes[:, :-1] + model.first_code), 1)
-    hidden = model.transformer(tokens, model.transformer.new_cache(len(codes), tokens.shape[1]))
-    return model.transformer.logits(hidden[:, len(ids) - 1 :]).softmax(-1)
-
-
 def calibration(model: ImageModel, data: CaptionedCodes, count: int) -> dict[int, float]:
     """Mean total variation of the next-token law after one token `distance` before it becomes another likely one."""
     rng, generator = np.random.default_rng(99), torch.Generator().manual_seed(99)
@@ -69,14 +59,14 @@ def calibration(model: ImageModel, data: CaptionedCodes, count: int) -> dict[int
     for row in range(count):
         ids = data.prompt_ids(row, rng, null_rate=0.0)
         codes = torch.from_numpy(data.codes[row].astype(np.int64))
-        original = laws(model, ids, codes[None])[0]
+        original = teacher_forced_logits(model, ids, codes[None])[0].softmax(-1)
         position = int(rng.integers(32, len(codes)))
         changed = codes.repeat(len(DISTANCES), 1)
         for i, distance in enumerate(DISTANCES):
             law = original[position - distance].clone()
             law[codes[position - distance]] = 0
             changed[i, position - distance] = torch.multinomial(law, 1, generator=generator)
-        after = laws(model, ids, changed)[:, position]
+        after = teacher_forced_logits(model, ids, changed)[:, position].softmax(-1)
         for distance, law in zip(DISTANCES, after, strict=True):
             moved[distance].append(0.5 * (law - original[position]).abs().sum().item())
     return {distance: float(np.mean(values)) for distance, values in moved.items()}

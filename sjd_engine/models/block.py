@@ -179,8 +179,7 @@ class Transformer(nn.Module):
         """
         config = self.config
         num_new = ids.shape[1]
-        positions = kv_cache.positions(num_new)
-        span = int(positions.amax()) + 1  # sync: the span of the attention
+        positions, span = kv_cache.positions(num_new)
         if span > config.max_positions + num_new:
             raise ValueError(f"position {span - 1} is past the model's {config.max_positions} positions")
         table_rows = positions.clamp_max(config.max_positions - 1)  # only slots past the image's end are clamped
