@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import arithmetic
+from .arithmetic import WORD
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-WORD = 0xFFFFFFFF
 
 # Purposes: the low byte of the counter's third word.
 WINDOW = 0  # one block of four words for each (position, iteration): accept, fresh, residual, init
@@ -84,9 +86,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
         seeds: [B] int64.
         positions: [B, N] int64.
         vocab_size: V.
-    Returns: [B, N, V] float32, -log(-log(u)) evaluated in float64. Token v reads word v % 4 of block v // 4.
+    Returns: [B, N, V] float32. Token v reads word v % 4 of block v // 4.
     """
     blocks = -(-vocab_size // 4)
     words = draw_words(seeds, positions, torch.zeros_like(seeds), GUMBEL, blocks)
-    words = words.permute(1, 2, 3, 0).flatten(2)[..., :vocab_size]
-    return uniform(words).log_().neg_().log_().neg_().float()
+    return arithmetic.gumbel(words.permute(1, 2, 3, 0).flatten(2)[..., :vocab_size])

@@ -12,8 +12,6 @@ from sjd_engine.methods import check_init, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
-GUMBEL_TABLE_LIMIT_BYTES = 1 << 28  # below it the fixed noise of a whole batch is kept, above it hashed in each pass
-
 
 @dataclass(frozen=True)
 class DecodeStats:
@@ -22,7 +20,7 @@ class DecodeStats:
     iterations: [B] passes each sequence took part in.
     committed_per_pass: for each sequence the tokens committed in each of its passes.
     commit_pass: [B, T] the pass in which each token was committed, from 0; -1 before.
-    zero_residual, nonfinite_rows, zero_draft_prob: [B], see `kernels.reference.WindowState`.
+    zero_residual, nonfinite_rows, zero_draft_prob: [B], see `kernels.state.WindowState`.
     """
 
     iterations: list[int]
@@ -98,10 +96,10 @@ class JacobiDecoder:
         self.reuse_threshold = reuse_threshold
         self.device = torch.device(device)
         self._grid = schedule.grid(self.device)
+        self._reuse_threshold = torch.full((batch_size,), float(reuse_threshold), device=self.device)
         self._seeds = torch.tensor([signed_64(seed) for seed in seeds], device=self.device)
         self.warp_arguments = self.params.warp_arguments(batch_size, vocab_size, self.device)
-        self._state = self._new_state(batch_size, num_tokens)
-        self._gumbel = self._gumbel_table(num_tokens)
+        self._state = ops.WindowState.new(batch_size, num_tokens, self.window_size, self.device)
         ops.start(
             self._state,
             self._grid,
@@ -133,7 +131,9 @@ class JacobiDecoder:
         """One pass: slot i of `logits` predicts position positions[:, i] + 1.
 
         Args:
-            logits: [B, W, V], or [2, B, W, V] (conditional, unconditional) where guidance_scale > 1. Any float dtype.
+            logits: [B, W, V], or [2, B, W, V] (conditional, unconditional) where guidance_scale > 1. bfloat16, float16
+                or float32, any strides. Must keep its values until the next call returns: the law of the next drafts is
+                computed from it again, so that no probabilities are stored.
         Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
         Raises: ValueError where the shape differs; the state is unchanged.
         """
@@ -142,6 +142,14 @@ class JacobiDecoder:
         if tuple(logits.shape) != expected:
             names = "[2, B, W, V]" if self.guided else "[B, W, V]"
             raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
+        previous = self._state.previous_logits
+        if previous is not None and previous.dtype != logits.dtype:
+            raise ValueError(f"verify: logits must stay {previous.dtype} from pass to pass, got {logits.dtype}")
+        if previous is not None and previous.data_ptr() == logits.data_ptr():
+            raise ValueError(
+                "verify: logits occupy the memory of the previous pass's logits, which this pass still reads; "
+                "pass a new tensor, or alternate between two buffers"
+            )
         return ops.verify(
             logits,
             self._state,
@@ -151,8 +159,7 @@ class JacobiDecoder:
             refresh=self.method.refresh,
             init=self.init,
             seeds=self._seeds,
-            reuse_threshold=self.reuse_threshold,
-            gumbel_noise=self._gumbel,
+            reuse_threshold=self._reuse_threshold,
             **self.warp_arguments,
         )
 
@@ -218,8 +225,11 @@ class JacobiDecoder:
             if state["setup"].get(name) != mine:
                 raise ValueError(f"load_state_dict: {name} is {mine} here, {state['setup'].get(name)} in the state")
         for name, mine in vars(self._state).items():
-            if mine is not None:
-                mine.copy_(state["tensors"][name])
+            saved = state["tensors"][name]
+            if isinstance(mine, Tensor) and isinstance(saved, Tensor) and name != "previous_logits":
+                mine.copy_(saved)
+            else:  # of the last pass, or of none yet
+                setattr(self._state, name, None if saved is None else saved.to(self.device, copy=True))
 
     def _setup(self) -> dict[str, Any]:
         return {
@@ -232,39 +242,6 @@ class JacobiDecoder:
             "seeds": self._seeds.tolist(),  # sync: preemption
             "schedule": (self.schedule.rows, self.schedule.cols, dict(self.schedule.forced)),
         }
-
-    # -------------------------------------------------------------------------------------------------------- set-up
-
-    def _new_state(self, batch_size: int, num_tokens: int) -> ops.WindowState:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=self.device)
-
-        window = self.window_size
-        tokens = zeros(batch_size, 1 + num_tokens + 2 * window)
-        tokens[:, 0] = -1
-        draft_probs = None
-        if self.method.accept == "ratio" or (self.init.endswith("sample") and window > 1):
-            ring = 2 * window + self._grid.reach
-            draft_probs = torch.zeros(batch_size, ring, self.vocab_size, device=self.device)
-        return ops.WindowState(
-            tokens=tokens,
-            num_committed=zeros(batch_size),
-            iteration=zeros(batch_size),
-            draft_probs=draft_probs,
-            commit_pass=zeros(batch_size, num_tokens + window) - 1,
-            zero_residual=zeros(batch_size),
-            nonfinite_rows=zeros(batch_size),
-            zero_draft_prob=zeros(batch_size),
-        )
-
-    def _gumbel_table(self, num_tokens: int) -> Tensor | None:
-        if self.method.refresh != "gumbel":
-            return None
-        if 4 * self.batch_size * num_tokens * self.vocab_size > GUMBEL_TABLE_LIMIT_BYTES:
-            return None
-        positions = torch.arange(num_tokens, device=self.device).expand(self.batch_size, -1)
-        chunks = positions.split(64, dim=1)  # the hash needs many times the memory of its result
-        return torch.cat([ops.philox.gumbel_noise(self._seeds, chunk, self.vocab_size) for chunk in chunks], 1)
 
 
 def signed_64(seed: int) -> int:

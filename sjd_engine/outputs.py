@@ -16,7 +16,7 @@ class ImageStats:
     committed_per_pass: tokens committed by each pass.
     seconds: from the start of the image's batch until its last token.
     acceptance_map: [rows, cols] int64, the pass in which each image token was committed, from 0.
-    zero_residual, nonfinite_rows, zero_draft_prob: counters of rare events, see `kernels.reference.WindowState`.
+    zero_residual, nonfinite_rows, zero_draft_prob: counters of rare events, see `kernels.state.WindowState`.
     """
 
     nfe: int

@@ -73,5 +73,4 @@ class Schedule:
             forced_ids = torch.full((self.num_tokens,), -1)
             forced_ids[list(self.forced)] = torch.tensor(list(self.forced.values()))
             forced_ids = forced_ids.to(device)
-        reach = int((positions[self.cols :] - positions[: -self.cols]).amax()) if self.rows > 1 else 0
-        return Grid(forced_ids, row_start.to(device), above.to(device), self.cols, reach)
+        return Grid(forced_ids, row_start.to(device), above.to(device), self.cols)

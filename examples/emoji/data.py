@@ -58,6 +58,34 @@ TEXTURES = {  # background word -> (scikit-image picture, tint of the grey ones)
 }
 # Held out of training to show composition; the concepts of `held_out_concept` are held out beside them.
 HELD_OUT_NAMES = {"purple heart", "green square"}
+# Things with a shape of their own at 64 pixels, and the words a visitor is likely to try.
+EVERYDAY = frozenset(
+    name.strip()
+    for line in """
+    red apple, green apple, banana, cherries, grapes, lemon, tangerine, pear, pineapple, strawberry, tomato
+    watermelon, avocado, carrot, broccoli, eggplant, ear of corn, hot pepper, mushroom, brown mushroom
+    pizza, hamburger, french fries, hot dog, taco, egg, cooking, bread, cheese wedge, doughnut, cookie, cupcake
+    birthday cake, ice cream, soft ice cream, lollipop, candy, hot beverage, beer mug, wine glass, glass of milk
+    cat face, dog face, mouse face, rabbit face, fox, bear, panda, koala, tiger face, lion, cow face, pig face, frog
+    monkey face, horse face, unicorn, elephant, penguin, chicken, baby chick, bird, owl, duck, turtle, snake, fish
+    tropical fish, whale, dolphin, octopus, crab, snail, butterfly, honeybee, lady beetle, spider
+    sunflower, tulip, rose, hibiscus, cherry blossom, four leaf clover, maple leaf, cactus, palm tree, evergreen tree
+    deciduous tree, christmas tree, seedling
+    red heart, orange heart, yellow heart, green heart, blue heart, black heart, white heart, brown heart, pink heart
+    broken heart, red circle, orange circle, yellow circle, green circle, blue circle, purple circle, brown circle
+    red square, orange square, yellow square, blue square, purple square, brown square, large blue diamond
+    large orange diamond, red triangle
+    sun, sun with face, full moon, full moon face, crescent moon, star, glowing star, cloud, cloud with rain, rainbow
+    snowflake, snowman, fire, droplet, high voltage, umbrella, ringed planet
+    automobile, taxi, bus, fire engine, ambulance, tractor, bicycle, train, airplane, rocket, helicopter, sailboat
+    soccer ball, basketball, baseball, tennis, volleyball, american football
+    grinning face, slightly smiling face, smiling face with smiling eyes, smiling face with sunglasses, winking face
+    smiling face with heart eyes, face with tears of joy, crying face, angry face, sleeping face, robot, ghost, alien
+    jack o lantern, house, balloon, wrapped gift, key, light bulb, crown, gem stone, guitar, drum, camera, bell
+    alarm clock, t shirt, jeans, glasses, teddy bear, puzzle piece, locked, trophy, globe showing europe africa
+    """.strip().splitlines()
+    for name in line.split(",")
+)
 
 
 @dataclass(frozen=True)
@@ -87,15 +115,12 @@ def held_out_pair(glyph: Glyph, background: str) -> bool:
 
 
 def sampling_weight(glyph: Glyph) -> float:
-    """How often training shows a glyph. Small drawings of people, flags and sign boards are rarer: at 64 pixels they
-    teach the model less per picture than things that have a shape of their own."""
+    """How often training shows a glyph. Most pictures are of `EVERYDAY` things: a few thousand steps then show each of
+    them hundreds of times, which a small model needs to draw it. All else appears too, people in many skin tones least.
+    """
     if glyph.skin_tone:
-        return 0.03
-    if glyph.group.startswith(
-        ("person", "family", "country", "subdivision", "flag", "keycap", "alphanum", "transport sign")
-    ):
-        return 0.25
-    return 1.0
+        return 0.01
+    return 1.0 if glyph.name in EVERYDAY else 0.025
 
 
 # ---------------------------------------------------------------------------------------------------------- fetching

@@ -1,0 +1,91 @@
+"""The nouns of a decoding pass: what a batch carries from pass to pass, the image's plan, and what a pass answers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNIFORM, ONE_HOT = -1, -2  # values of WindowState.law_row where the draft's law is no row of the previous pass
+PEAK, SCALE, CUT, CUT_ID = range(4)  # the numbers of a row's law in WindowState.laws
+
+
+@dataclass
+class WindowState:
+    """What a batch of sequences carries from pass to pass. `verify` updates it in place.
+
+    tokens: [B, 1 + T + 2W] int64. Column t + 1 is position t: committed tokens, then drafts. Column 0 is -1, the end of
+        the caller's prompt; columns past T are scratch.
+    num_committed: [B] int64, C.
+    iteration: [B] int64. Passes this sequence has taken part in; a counter of its random draws.
+    commit_pass: [B, T + W] int64. The pass in which each token was committed, from 0; -1 before. Columns past T are
+        scratch.
+    law_row: [B, W] int32. The law q that the draft of row i was drawn from: row `law_row` of the previous pass's
+        logits, or UNIFORM, or ONE_HOT on the draft. The last row has no draft.
+    laws: [2, B, W, 4] float32. What turns a row of logits into a law, see `reference.RowLaw`; those of iteration n lie
+        at n % 2. No probability is stored: q is computed again from the previous logits, and is bitwise what p was.
+    previous_logits: the logits of the last pass, the caller's own tensor; None before, and where no method reads it.
+    zero_residual, nonfinite_rows, zero_draft_prob: [B] int64 counters: recovered tokens drawn from p because the
+        residual had no mass (rounding), rows without one finite logit, and drafts outside their own law (a bug, never
+        seen where rules C1 and C2 hold).
+    """
+
+    tokens: Tensor
+    num_committed: Tensor
+    iteration: Tensor
+    commit_pass: Tensor
+    law_row: Tensor
+    laws: Tensor
+    previous_logits: Tensor | None
+    zero_residual: Tensor
+    nonfinite_rows: Tensor
+    zero_draft_prob: Tensor
+
+    @classmethod
+    def new(cls, batch_size: int, num_tokens: int, window_size: int, device: torch.device | str) -> "WindowState":
+        """Nothing committed, and no drafts yet: `start` enters them."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        tokens = zeros(batch_size, 1 + num_tokens + 2 * window_size)
+        tokens[:, 0] = -1
+        return cls(
+            tokens=tokens,
+            num_committed=zeros(batch_size),
+            iteration=zeros(batch_size),
+            commit_pass=zeros(batch_size, num_tokens + window_size) - 1,
+            law_row=torch.full((batch_size, window_size), UNIFORM, dtype=torch.int32, device=device),
+            laws=torch.zeros(2, batch_size, window_size, 4, device=device),
+            previous_logits=None,
+            zero_residual=zeros(batch_size),
+            nonfinite_rows=zeros(batch_size),
+            zero_draft_prob=zeros(batch_size),
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The static plan of an image's positions.
+
+    forced_ids: [T] int64, the forced token of each position, -1 where the model chooses; None where nothing is forced.
+    row_start: [T] int64, position of the first image token of the same grid row; -1 at forced positions.
+    above: [T] int64, position of the token one grid row up; -1 in the first row and at forced positions.
+    cols: image tokens in a grid row.
+    """
+
+    forced_ids: Tensor | None
+    row_start: Tensor
+    above: Tensor
+    cols: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row_start.shape[0]
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """num_accepted: [B] drafts accepted in this pass; num_committed: [B] tokens committed so far."""
+
+    num_accepted: Tensor
+    num_committed: Tensor
