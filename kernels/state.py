@@ -27,6 +27,8 @@ class WindowState:
     zero_residual, nonfinite_rows, zero_draft_prob: [B] int64 counters: recovered tokens drawn from p because the
         residual had no mass (rounding), rows without one finite logit, and drafts outside their own law (a bug, never
         seen where rules C1 and C2 hold).
+    published: [B, W, 4] int64 and ticket: [B] int32, scratch of the fused kernel: what its programs tell the one that
+        finishes a sequence.
     """
 
     tokens: Tensor
@@ -39,6 +41,8 @@ class WindowState:
     zero_residual: Tensor
     nonfinite_rows: Tensor
     zero_draft_prob: Tensor
+    published: Tensor
+    ticket: Tensor
 
     @classmethod
     def new(cls, batch_size: int, num_tokens: int, window_size: int, device: torch.device | str) -> "WindowState":
@@ -60,6 +64,8 @@ class WindowState:
             zero_residual=zeros(batch_size),
             nonfinite_rows=zeros(batch_size),
             zero_draft_prob=zeros(batch_size),
+            published=zeros(batch_size, window_size, 4),
+            ticket=torch.zeros(batch_size, dtype=torch.int32, device=device),
         )
 
 
