@@ -41,7 +41,7 @@ def top_k_key_in_registers(z, k, peak, guess):
         middle = (low + high) >> 1
         probe = tl.where(enough, tl.minimum(probe + step, middle), tl.maximum(probe - step, middle))
         probe = tl.minimum(tl.maximum(probe, low + 1), high - 1)
-        step = step * 4
+        step = tl.minimum(step * 4, 1 << 33)
     return low.to(tl.int32)
 
 

@@ -214,7 +214,8 @@ def _verify_kernel(
 
         # The law q of the draft.
         q_row = tl.cast(UNIFORM, tl.int32)
-        q_law = Law(0.0, (1.0 / vocab.to(tl.float64)).to(tl.float32), NEGATIVE_INFINITY, -1.0)
+        no_cut, no_id = tl.cast(NEGATIVE_INFINITY, tl.float32), tl.cast(-1.0, tl.float32)
+        q_law = Law(tl.cast(0.0, tl.float32), (1.0 / vocab.to(tl.float64)).to(tl.float32), no_cut, no_id)
         previous = row
         if previous_ptr is not None:
             q_row = tl.load(law_row_ptr + sequence * window_size + window_row)
@@ -232,7 +233,7 @@ def _verify_kernel(
         for tile in range(NUM_TILES):
             peak = tl.maximum(peak, tl.max(tile_logits(row, tile, TILE, NUM_TILES)))
         nonfinite = peak == NEGATIVE_INFINITY
-        cut, cut_id = tl.cast(NEGATIVE_INFINITY, tl.float32), tl.cast(-1.0, tl.float32)
+        cut, cut_id = no_cut, no_id
         if peak > NEGATIVE_INFINITY:
             cut, cut_id = select(row, peak, top_k, top_p, q_law.cut, TILE, NUM_TILES)
         law = Law(peak, 1.0, cut, cut_id)

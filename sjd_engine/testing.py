@@ -1,15 +1,18 @@
 """Toy models whose laws can be enumerated, and the statistics the exactness tests use. Shared by tests and benches."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.methods import get_method
 from sjd_engine.models.base import ImageModel, Prompt
-from sjd_engine.ops import VerifyResult, warp
+from sjd_engine.ops import VerifyResult, WindowState, start, warp
 from sjd_engine.sampling import SamplingParams
+from sjd_engine.schedule import Schedule
 
 
 class TableModel:
@@ -165,3 +168,106 @@ def score_tokens(model: ImageModel, prompt: Prompt, codes: Tensor, params: Sampl
     entropies = (probs * surprisals).sum(-1)
     variances = (probs * surprisals**2).sum(-1) - entropies**2
     return Scores(log_probs.gather(-1, codes[..., None]).squeeze(-1), entropies, variances)
+
+
+@dataclass(frozen=True)
+class VerifyCase:
+    """A batch to run one implementation of `verify` on, and another, on the same logits.
+
+    Logits belong to positions: those of pass n are `spread` times fixed noise plus `drift` times noise of the pass.
+    bad: share of logits that are NaN or infinite, and of rows that have no finite logit. ties: logits are rounded.
+    """
+
+    method: str
+    vocab_size: int
+    window_size: int
+    batch_size: int = 2
+    init: str = "random"
+    params: SamplingParams = SamplingParams()
+    schedule: Schedule = Schedule(4, 4)
+    dtype: torch.dtype = torch.float32
+    spread: float = 2.0
+    drift: float = 0.5
+    bad: float = 0.0
+    ties: bool = False
+    strided: bool = False
+    reuse_threshold: float = 0.5
+    first_seed: int = 0
+
+    def logits(self, iteration: int, num_committed: Tensor) -> Tensor:
+        """[B, W, V], or [2, B, W, V] with guidance, for windows that begin at `num_committed`."""
+        window = 1 if get_method(self.method).one_token else self.window_size
+        pair = (2,) if self.params.guidance_scale > 1 else ()
+        shape = (*pair, self.batch_size, self.schedule.num_tokens + window, self.vocab_size)
+        rows = self.spread * torch.randn(shape, generator=torch.Generator().manual_seed(self.first_seed))
+        generator = torch.Generator().manual_seed(self.first_seed + 1 + iteration)
+        rows += self.drift * torch.randn(shape, generator=generator)
+        if self.ties:
+            rows = (rows * 2).round() / 2
+        if self.bad:
+            wrong = torch.tensor([float("nan"), float("inf"), float("-inf")])
+            chosen = torch.rand(shape, generator=generator) < self.bad
+            rows[chosen] = wrong[torch.randint(3, (int(chosen.sum()),), generator=generator)]
+            rows[torch.rand(shape[:-1], generator=generator) < self.bad] = float("nan")
+        slots = num_committed[:, None] + torch.arange(window)
+        index = slots[..., None].expand(*pair, *slots.shape, self.vocab_size)
+        rows = rows.gather(-2, index).to(self.dtype)
+        return rows.mT.contiguous().mT if self.strided else rows
+
+    def run(self, verify: Callable[..., VerifyResult], num_passes: int = 3) -> list[dict[str, Tensor]]:
+        """What `verify` decides and leaves behind, pass after pass."""
+        method, grid = get_method(self.method), self.schedule.grid()
+        window = 1 if method.one_token else self.window_size
+        state = WindowState.new(self.batch_size, self.schedule.num_tokens, window, "cpu")
+        seeds = torch.arange(self.first_seed, self.first_seed + self.batch_size) * 0x9E3779B97F4A7C15 % (1 << 62)
+        start(state, grid, window_size=window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
+        warping = self.params.warp_arguments(self.batch_size, self.vocab_size, torch.device("cpu"))
+        passes = []
+        for iteration in range(num_passes):
+            first = state.num_committed.clone()
+            result = verify(
+                self.logits(iteration, first),
+                state,
+                grid,
+                window_size=window,
+                accept=method.accept,
+                refresh=method.refresh,
+                init=self.init,
+                seeds=seeds,
+                reuse_threshold=torch.full((self.batch_size,), self.reuse_threshold),
+                **warping,
+            )
+            passes.append(self.decisions(state, result, first, window))
+        return passes
+
+    def decisions(self, state: WindowState, result: VerifyResult, first: Tensor, window: int) -> dict[str, Tensor]:
+        """Everything that later passes read; scratch is zeroed."""
+        num_tokens = self.schedule.num_tokens
+        positions = torch.arange(num_tokens)
+        defined = positions < state.num_committed[:, None] + window - 1  # committed tokens and drafts
+        drafts = state.num_committed[:, None] + torch.arange(window)
+        has_draft = (drafts < num_tokens) & (torch.arange(window) < window - 1)
+        rows = first[:, None] + torch.arange(window)
+        forced = torch.tensor([t in self.schedule.forced for t in range(num_tokens + window)])
+        has_law = (rows < num_tokens) & ~forced[rows]
+        laws = state.laws[(state.iteration - 1) % 2, torch.arange(len(rows))]
+        return {
+            "num_accepted": result.num_accepted.clone(),
+            "committed": result.num_committed.clone(),
+            "tokens": state.tokens[:, 1 : num_tokens + 1].where(defined, 0),
+            "commit_pass": state.commit_pass[:, :num_tokens].clone(),
+            "law_row": state.law_row.where(has_draft & ~forced[drafts.clamp_max(num_tokens)], 0),
+            "laws": laws.where(has_law[..., None], 0),
+            "num_committed": state.num_committed.clone(),
+            "iteration": state.iteration.clone(),
+            "zero_residual": state.zero_residual.clone(),
+            "nonfinite_rows": state.nonfinite_rows.clone(),
+            "zero_draft_prob": state.zero_draft_prob.clone(),
+        }
+
+
+def assert_same_decisions(expected: list[dict[str, Tensor]], got: list[dict[str, Tensor]]) -> None:
+    """Bit for bit. Raises: AssertionError that names the first pass and tensor that differ."""
+    for iteration, (left, right) in enumerate(zip(expected, got, strict=True)):
+        for name, tensor in left.items():
+            assert torch.equal(tensor, right[name]), f"pass {iteration}: {name}: expected {tensor}, got {right[name]}"

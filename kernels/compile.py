@@ -1,0 +1,288 @@
+"""Compiling the fused kernels for GPUs that are not there, and reading what the compiler made of them.
+
+The launcher itself is called; only Triton's last step, the launch, is left out. So what is compiled here has the very
+signature, constants and options of what runs.
+
+    python -m sjd_engine.kernels.compile                        # the resources of every kernel of the matrix, as JSON
+    python -m sjd_engine.kernels.compile sm_90 gfx942           # of two targets
+    python -m sjd_engine.kernels.compile > tests/kernels/resources.json
+
+Triton decides when its functions are decorated whether they are interpreted, so TRITON_INTERPRET must not be set.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import launch
+from .state import Grid, WindowState
+
+CUDA_TARGETS = {f"sm_{version}": version for version in (80, 86, 89, 90, 100, 120)}
+HIP_TARGETS = ("gfx942", "gfx90a")
+TARGETS = (*CUDA_TARGETS, *HIP_TARGETS)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BATCH_SIZE, WINDOW_SIZE, ROWS, COLS, TILED_VOCAB = 2, 96, 48, 48, 65536  # what the kernels are specialised for
+# Launches of `verify`, guided and with top-k: the default method, the one with the most work in a row, and the
+# deterministic one.
+VARIANTS = {
+    "maximal": {"accept": "ratio", "refresh": "maximal", "init": "random"},
+    "widest": {"accept": "ratio", "refresh": "reuse", "init": "above-sample"},  # and temperature, top-p, forced tokens
+    "exact": {"accept": "match", "refresh": "gumbel", "init": "random"},
+}
+VARIANT_TARGETS = {"maximal": TARGETS, "widest": ("sm_80", "sm_90", "gfx942"), "exact": ("sm_90",)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel of the matrix: `row` names a row of `launch.LAUNCHES`; the others are keys of the tables above."""
+
+    target: str
+    row: str
+    dtype: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.target}-{self.row}-{self.dtype}-{self.variant}"
+
+
+def matrix() -> list[Case]:
+    """Every row of the launch table for every NVIDIA target and dtype; AMD and the other variants in bfloat16."""
+    return [
+        Case(target, row.name, dtype, variant)
+        for variant, targets in VARIANT_TARGETS.items()
+        for row in launch.LAUNCHES
+        for target in targets
+        for dtype in (DTYPES if variant == "maximal" and target in CUDA_TARGETS else ("bf16",))
+    ]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes, read from its machine code.
+
+    registers: of a thread; vector registers on AMD.
+    stack_bytes: local or scratch memory of a thread.
+    spills: NVIDIA: instructions that load or store local memory. AMD: vector registers spilled.
+    shared_bytes: of a program.
+    threads: of a program.
+    atomics: instructions on global memory.
+    atomic_after_barrier: a barrier stands between the last store to global memory before the first atomic and it, so
+        that a ticket announces what every thread of the program has stored.
+    wide_loads: instructions that load 16 bytes of global memory.
+    """
+
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    threads: int
+    atomics: int
+    atomic_after_barrier: bool
+    wide_loads: int
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+class OfflineDriver:
+    """What a launch asks of Triton's driver up to the point where the kernel is compiled."""
+
+    def __init__(self, target: Any):
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)  # kernels are cached by device: one for each target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(target: str) -> Iterator[list[Any]]:
+    """Inside, a Triton launch compiles for `target`, one of TARGETS, and runs nothing. Yields the kernels so far.
+
+    Raises: RuntimeError under TRITON_INTERPRET.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("compile_only: kernels are interpreted in this process; unset TRITON_INTERPRET")
+    kernels: list[Any] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    cuda = CUDA_TARGETS.get(target)
+    driver.set_active(OfflineDriver(GPUTarget("cuda", cuda, 32) if cuda else GPUTarget("hip", target, 64)))
+    JITFunction.run = compile_instead
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        driver.set_active(active)
+
+
+# ---------------------------------------------------------------------------------------------------------- inspection
+
+
+def inspect(kernel: Any) -> Resources:
+    """The resources of a kernel from `compile_only`."""
+    read = inspect_cuda if "cubin" in kernel.asm else inspect_hip
+    return read(kernel)
+
+
+def inspect_cuda(kernel: Any) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = disassemble(file.name)
+    usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
+    atomics, after_barrier = ticket(text, SASS)
+    return Resources(
+        registers=int(usage["REG"]),
+        stack_bytes=int(usage["STACK"]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        shared_bytes=kernel.metadata.shared,
+        threads=kernel.metadata.num_warps * 32,
+        atomics=atomics,
+        atomic_after_barrier=after_barrier,
+        wide_loads=len(re.findall(r"\bLDG\.E[.\w]*\.128\b", text)),
+    )
+
+
+def disassemble(cubin: str) -> str:
+    """Resource usage and SASS, by the tool that Triton ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run(
+        [tool, "-res-usage", "-sass", cubin], check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ).stdout
+
+
+def inspect_hip(kernel: Any) -> Resources:
+    text = kernel.asm["amdgcn"]
+    usage = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", text))
+    atomics, after_barrier = ticket(text, AMDGCN)
+    return Resources(
+        registers=int(usage["vgpr_count"]),
+        stack_bytes=int(usage["private_segment_fixed_size"]),
+        spills=int(usage["vgpr_spill_count"]),
+        shared_bytes=kernel.metadata.shared,
+        threads=kernel.metadata.num_warps * 64,
+        atomics=atomics,
+        atomic_after_barrier=after_barrier,
+        wide_loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+    )
+
+
+class Mnemonics(NamedTuple):
+    """Regular expressions of the instructions that make up a ticket; stores and atomics on global memory."""
+
+    store: str
+    barrier: str
+    atomic: str
+
+
+SASS = Mnemonics(r"\bSTG?\.E", r"\bBAR\.SYNC", r"\b(?:ATOMG?|REDG?)\.")
+AMDGCN = Mnemonics(r"\b(?:global|buffer|flat)_store_", r"\bs_barrier", r"\b(?:global|buffer|flat)_atomic_")
+
+
+def ticket(listing: str, mnemonics: Mnemonics) -> tuple[int, bool]:
+    """Number of atomics, and whether a barrier stands between the last store before the first of them and it."""
+    atomics = list(re.finditer(mnemonics.atomic, listing))
+    if not atomics:
+        return 0, False
+    after_store = re.split(mnemonics.store, listing[: atomics[0].start()])[-1]
+    return len(atomics), re.search(mnemonics.barrier, after_store) is not None
+
+
+# ------------------------------------------------------------------------------------------------------------- matrix
+
+
+def compile_case(case: Case) -> Resources:
+    """Compile what the launcher launches in `case`."""
+    with compile_only(case.target) as kernels:
+        launch_verify(case)
+    (kernel,) = kernels  # one launch
+    return inspect(kernel)
+
+
+def launch_verify(case: Case) -> None:
+    """Call `verify` on tensors whose values nobody reads."""
+    from . import verify
+
+    row = next(row for row in launch.LAUNCHES if row.name == case.row)
+    vocab_size, num_tokens = row.max_vocab or TILED_VOCAB, ROWS * COLS
+    every = case.variant == "widest"
+    floats, ints = torch.ones(BATCH_SIZE), torch.ones(BATCH_SIZE, dtype=torch.int64)
+    positions = torch.empty(num_tokens, dtype=torch.int64)
+    state = WindowState.new(BATCH_SIZE, num_tokens, WINDOW_SIZE, "cpu")
+    logits = torch.empty(2, BATCH_SIZE, WINDOW_SIZE, vocab_size, dtype=DTYPES[case.dtype])
+    state.previous_logits = torch.empty_like(logits)
+    verify.verify(
+        logits,
+        state,
+        Grid(positions if every else None, positions, positions, COLS),
+        window_size=WINDOW_SIZE,
+        seeds=ints,
+        guidance_scale=floats,
+        temperature=floats if every else None,
+        top_k=ints,
+        top_p=floats if every else None,
+        reuse_threshold=floats,
+        **VARIANTS[case.variant],
+    )
+
+
+def compile_cases(cases: list[Case], num_processes: int = 2) -> Iterator[Resources]:
+    """The resources of `cases`, in their order, compiled in fresh processes with a cache of their own."""
+    with tempfile.TemporaryDirectory() as cache:
+        pool = ProcessPoolExecutor(
+            num_processes, mp_context=get_context("spawn"), initializer=start_worker, initargs=(cache,)
+        )
+        with pool:
+            yield from pool.map(compile_case, cases)
+
+
+def start_worker(cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache  # a kernel from an older cache would hide what the source became
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=TARGETS, metavar="TARGET", help=f"of {', '.join(TARGETS)}")
+    args = parser.parse_args()
+    cases = [case for case in matrix() if case.target in args.targets]
+    lines = []
+    for case, resources in zip(cases, compile_cases(cases), strict=True):
+        print(case, resources, file=sys.stderr, flush=True)
+        lines.append(f'    "{case}": {json.dumps(asdict(resources))}')
+    body = ",\n".join(lines)
+    print(f'{{\n  "triton": "{triton.__version__}",\n  "resources": {{\n{body}\n  }}\n}}')
+
+
+if __name__ == "__main__":
+    main()

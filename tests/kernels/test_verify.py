@@ -1,0 +1,72 @@
+"""The fused kernel equals the reference, integer for integer. Runs in Triton's interpreter, on CPU.
+
+The interpreter is an oracle of meaning only: what the compiler makes of the kernel is checked by test_compile.py.
+"""
+
+import pytest
+import torch
+
+from sjd_engine import SamplingParams, Schedule
+from sjd_engine.kernels import launch, reference
+from sjd_engine.methods import INITS, METHODS
+from sjd_engine.testing import VerifyCase, assert_same_decisions
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+from sjd_engine.kernels import verify  # noqa: E402
+
+GUIDED = SamplingParams(guidance_scale=3.0)
+GUIDED_TOP_K = SamplingParams(guidance_scale=2.0, temperature=0.7, top_k=40)
+TOP_K = SamplingParams(top_k=5)
+LINES = Schedule.with_line_breaks(3, 3, token=70_000, end_tokens=[70_001])
+
+CASES = {  # positional: method, V, W, B
+    **{f"{name}-V7-W3-B2": VerifyCase(name, 7, 3, drift=0.3) for name in METHODS},
+    **{f"{name}-V256-W3-topk": VerifyCase(name, 256, 3, 1, params=GUIDED_TOP_K, dtype=torch.bfloat16) for name in METHODS},
+    **{f"{name}-V9000-W2-tiled": VerifyCase(name, 9000, 2, 1, params=GUIDED, spread=3.0) for name in METHODS},
+    "topk-ties": VerifyCase("maximal", 256, 3, 1, params=TOP_K, ties=True, drift=0.0),
+    "topk-tiled-ties": VerifyCase("sjd", 9000, 2, 1, params=SamplingParams(top_k=300), ties=True),
+    "topp-ties": VerifyCase("maximal", 256, 2, 1, params=SamplingParams(top_p=0.8), ties=True),
+    "topk-topp-tiled": VerifyCase("exact", 9000, 1, 1, params=SamplingParams(top_k=2000, top_p=0.5), spread=4.0),
+    "top1": VerifyCase("maximal", 256, 3, 1, params=SamplingParams(top_k=1)),
+    "V1000-W5-ragged": VerifyCase("maximal", 1000, 5, 2, params=GUIDED, drift=0.1),
+    "V8192": VerifyCase("maximal", 8192, 3, 1, params=SamplingParams(2.0, 1.0, 2000), drift=0.2),
+    "V65536": VerifyCase("maximal", 65536, 2, 1, params=SamplingParams(3.0, 1.0, 2000), dtype=torch.float16, drift=0.2),
+    "forced": VerifyCase("maximal", 256, 5, 1, schedule=LINES, drift=0.1),
+    "forced-exact": VerifyCase("exact", 256, 5, 1, schedule=LINES),
+    "forced-above": VerifyCase("sjd", 256, 6, 1, schedule=LINES, init="above-sample"),
+    "bad-numbers": VerifyCase("maximal", 256, 4, 1, params=SamplingParams(top_k=9), bad=0.3),
+    "bad-numbers-tiled": VerifyCase("exact", 9000, 2, 1, params=GUIDED, bad=0.3),
+    "bad-numbers-reuse": VerifyCase("sjd++", 7, 4, 1, bad=0.4),
+    **{f"{init}-W6": VerifyCase("maximal", 256, 6, 1, init=init, drift=0.1) for init in INITS[1:]},
+    "above-sample-narrow": VerifyCase("maximal", 256, 7, 1, init="above-sample", schedule=Schedule(8, 2), drift=0.1),
+    "window-beyond-the-image": VerifyCase("maximal", 7, 20, 1, drift=0.0),
+    "disjoint-laws": VerifyCase("maximal", 256, 4, 1, spread=30.0, drift=30.0, params=TOP_K),
+    "strided": VerifyCase("maximal", 256, 3, 1, params=GUIDED, strided=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_decision_equals_the_reference(case):
+    passes = 3 if case.vocab_size < 9000 else 2  # the third reads laws where the first wrote them
+    assert_same_decisions(case.run(reference.verify, passes), case.run(verify.verify, passes))
+
+
+def test_a_broken_kernel_would_be_noticed(monkeypatch):
+    """The comparison has teeth: another word for the recovered token gives another image."""
+    case = VerifyCase("sjd", 256, 4, drift=1.0)
+    expected = case.run(reference.verify)
+    words = reference.philox.draw_words
+    monkeypatch.setattr(reference.philox, "draw_words", lambda *arguments: words(*arguments)[[0, 1, 0, 3]])
+    with pytest.raises(AssertionError, match="tokens"):
+        assert_same_decisions(expected, case.run(reference.verify))
+
+
+@pytest.mark.parametrize("tile", [256, 1024])
+def test_tiles_do_not_change_decisions(tile, monkeypatch):
+    """Sums are of integers: neither tiles, nor the number of warps, which orders them, can matter."""
+    case = VerifyCase("maximal", 1000, 2, 1, params=GUIDED_TOP_K, drift=0.2)
+    monkeypatch.setattr(launch, "LAUNCHES", (launch.Launch("tiny", None, tile, 4),))
+    assert_same_decisions(case.run(reference.verify), case.run(verify.verify))
