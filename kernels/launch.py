@@ -21,12 +21,12 @@ class Launch:
         return -(-vocab_size // self.tile)
 
 
-# One tile up to 8192: the row is read once and stays in registers. Above, it is swept in tiles.
+# One tile up to 4096: the row is read once and stays in registers. A tile of 8192 spills with top-p on sm_80 and sm_120,
+# at 8 warps and at 16, so larger vocabularies are swept in tiles.
 LAUNCHES = (
     Launch("row-1024", 1024, 1024, 4),
     Launch("row-2048", 2048, 2048, 4),
     Launch("row-4096", 4096, 4096, 8),
-    Launch("row-8192", 8192, 8192, 16),
     Launch("tiled-4096", None, 4096, 8),
 )
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import philox
 from .arithmetic import ONE, draw, exp, fixed_point
-from .state import ONE_HOT, UNIFORM, Grid, VerifyResult, WindowState
+from .state import ONE_HOT, UNIFORM, Grid, VerifyResult, WindowState, reads_previous_logits
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -240,7 +240,7 @@ def verify(
 
     sequences = torch.arange(len(seeds), device=device)
     state.laws[state.iteration % 2, sequences] = torch.stack(law, -1)
-    if accept == "ratio" and window_size > 1:
+    if reads_previous_logits(accept, window_size):
         state.previous_logits = logits
     state.tokens.scatter_(1, positions + 1, out)
     state.commit_pass.scatter_(1, positions, torch.where(rows < num_new[:, None], state.iteration[:, None], -1))

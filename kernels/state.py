@@ -69,6 +69,11 @@ class WindowState:
         )
 
 
+def reads_previous_logits(accept: str, window_size: int) -> bool:
+    """The next pass will compute the law of its drafts from this pass's logits."""
+    return accept == "ratio" and window_size > 1
+
+
 @dataclass(frozen=True)
 class Grid:
     """The static plan of an image's positions.

@@ -36,7 +36,7 @@ from .device import (
 from .select import select
 from .state import ONE_HOT as ONE_HOT_LAW
 from .state import UNIFORM as UNIFORM_LAW
-from .state import Grid, VerifyResult, WindowState
+from .state import Grid, VerifyResult, WindowState, reads_previous_logits
 
 UNIFORM, ONE_HOT = tl.constexpr(UNIFORM_LAW), tl.constexpr(ONE_HOT_LAW)
 # What a row publishes: FLAGS, and the tokens it would put out as the first rejected row, as any later row, and for the
@@ -196,7 +196,8 @@ def _verify_kernel(
 
     flags = tl.cast(ACCEPTED, tl.int32)
     recovered, refreshed = forced, forced
-    if forced < 0:
+    # The law of a forced row is asked for only by a position that enters with it.
+    if (forced < 0) | (INIT == "left-sample") | (INIT == "above-sample"):
         guidance, inv_temperature, top_k, top_p = None, None, None, None
         if guidance_ptr is not None:
             guidance = tl.load(guidance_ptr + sequence)
@@ -309,6 +310,9 @@ def _verify_kernel(
                     token = _draw_target(row, law, total, word, TILE, NUM_TILES)
                     tl.store(published_ptr + slot * PUBLISHED + ENTERING, token)
 
+    if forced >= 0:
+        flags = tl.cast(ACCEPTED, tl.int32)
+        recovered, refreshed = forced, forced
     tl.store(mine_ptr + FLAGS, tl.where(has_draft, flags, flags & ~ACCEPTED).to(tl.int64))
     tl.store(mine_ptr + RECOVERED, recovered)
     tl.store(mine_ptr + REFRESHED, refreshed)
@@ -409,7 +413,7 @@ def verify(
     if guided != (guidance_scale is not None):
         raise ValueError("verify: logits [2, B, W, V] come with guidance_scale, logits [B, W, V] without")
     batch_size, vocab_size = logits.shape[-3], logits.shape[-1]
-    reads_previous = accept == "ratio" and window_size > 1
+    reads_previous = reads_previous_logits(accept, window_size)
     previous = state.previous_logits if reads_previous else None
     num_accepted, num_committed = torch.empty_like(state.num_committed), torch.empty_like(state.num_committed)
     _verify_kernel[(window_size, batch_size)](

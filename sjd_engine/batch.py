@@ -44,25 +44,27 @@ class Batch:
             contexts = [p.conditional for p in prompts]
         self._copies = len(contexts) // len(indices)
         longest = max(map(len, contexts))
+        self._prefix_lengths = [len(context) - 1 for context in contexts]
         self._prompt = torch.zeros(len(contexts), longest, dtype=torch.int64)
         for row, context in zip(self._prompt, contexts, strict=True):
             row[: len(context)] = torch.tensor(context)
-        self._prefix_lengths = torch.tensor([len(c) - 1 for c in contexts])
-        self._anchor_ids = self._prompt.gather(1, self._prefix_lengths[:, None]).squeeze(1).to(model.device)
-        self._prefix_lengths_on_device = self._prefix_lengths.to(model.device)
+        self._anchor_ids = torch.tensor([context[-1] for context in contexts]).to(model.device)
+        self._prefix_lengths_on_device = torch.tensor(self._prefix_lengths).to(model.device)
         capacity = longest + request.schedule.num_tokens + 2 * self.decoder.window_size
         self.kv_cache = model.transformer.new_cache(len(contexts), capacity)
         self._group_size = 1 if batch_invariant else len(indices)
         self._passes = 0
+        self._at_most = [0] * len(indices)  # tokens each image has committed, or more: the device is not asked each pass
         self._seconds: list[float | None] = [None] * len(indices)
 
-    def run(self) -> Iterator[StepInfo]:
-        """Decode to the end, telling of every pass."""
+    def run(self, poll_every: int = 1) -> Iterator[StepInfo]:
+        """Decode to the end, telling of every `poll_every`-th pass; in between the host does not wait for the device."""
         started = time.perf_counter()
         while None in self._seconds:
-            self.step()
+            for _ in range(poll_every):
+                self.step()
             seconds = time.perf_counter() - started
-            committed = self.decoder.num_committed.tolist()  # sync: progress, callbacks and times
+            self._at_most = committed = self.decoder.num_committed.tolist()  # sync: the poll
             for row, count in enumerate(committed):
                 if count == self.decoder.num_tokens and self._seconds[row] is None:
                     self._seconds[row] = seconds
@@ -76,6 +78,8 @@ class Batch:
         kept = result.num_committed.repeat_interleave(self._copies)
         self.kv_cache.rollback(self._prefix_lengths_on_device + kept)
         self._passes += 1
+        most = self.decoder.num_tokens
+        self._at_most = [min(count + self.decoder.window_size, most) for count in self._at_most]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of the window ids [B, W]: [B, W, V], or [2, B, W, V] with guidance."""
@@ -91,13 +95,14 @@ class Batch:
             return torch.zeros(self._copies * len(ids), ids.shape[1], self.model.num_codes, device=ids.device)
         rows = slice(first * self._copies, (first + len(ids)) * self._copies)
         window = self.model.window_token_ids(ids.repeat_interleave(self._copies, 0), self._anchor_ids[rows])
+        prefix = max(self._prefix_lengths[rows])
+        longest = prefix + max(self._at_most[first : first + len(ids)])
         slots = None
         if self._passes == 0:
-            lengths = self._prefix_lengths[rows]
-            prompt = F.pad(self._prompt[rows, : int(lengths.amax())], (0, ids.shape[1])).to(ids.device)
-            slots = (lengths[:, None] + torch.arange(ids.shape[1])).to(ids.device)
-            window = prompt.scatter(1, slots, window)
-        hidden = self.model.transformer(window, self.kv_cache.narrow(rows))
+            prompt = F.pad(self._prompt[rows, :prefix], (0, ids.shape[1])).to(ids.device)
+            slots = self._prefix_lengths_on_device[rows, None] + torch.arange(ids.shape[1], device=ids.device)
+            window, longest = prompt.scatter(1, slots, window), 0
+        hidden = self.model.transformer(window, self.kv_cache.narrow(rows, longest))
         if slots is not None:
             hidden = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
         return self.model.transformer.logits(hidden)

@@ -87,7 +87,8 @@ def doctor() -> None:
             typer.echo(f"{package:<13} not installed")
     typer.echo(f"device        {device}, {torch.get_num_threads()} threads")
     typer.echo(f"dtype         {str(default_dtype(device)).removeprefix('torch.')} by default")
-    typer.echo(f"verify        {ops.backend()}")
+    runs = ops.backend(device)
+    typer.echo(f"verify        {runs.name}: {runs.reason}")
 
 
 def check_writable(output: Path) -> None:

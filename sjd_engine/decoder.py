@@ -142,7 +142,7 @@ class JacobiDecoder:
         if tuple(logits.shape) != expected:
             names = "[2, B, W, V]" if self.guided else "[B, W, V]"
             raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
-        previous = self._state.previous_logits
+        previous = None if torch.compiler.is_compiling() else self._state.previous_logits
         if previous is not None and previous.dtype != logits.dtype:
             raise ValueError(f"verify: logits must stay {previous.dtype} from pass to pass, got {logits.dtype}")
         if previous is not None and previous.data_ptr() == logits.data_ptr():

@@ -16,6 +16,7 @@ from sjd_engine.models import ImageModel, load_model
 from sjd_engine.outputs import Generation, ImageStats, StepInfo, StreamEvent
 from sjd_engine.request import Request, at_least, make_request
 
+POLL_EVERY = 8  # passes that a GPU may run ahead of the host, which needs to know only when an image is complete
 UNKNOWN_GREY = 0.5  # pixels of a preview that have no token yet
 
 
@@ -115,6 +116,8 @@ class Engine:
             reuse_threshold=reuse_threshold,
             output_type=output_type,
         )
+        asked = callback_on_step is not None or self.model.device.type == "cpu"
+        poll_every = 1 if asked else POLL_EVERY
         show = sys.stderr.isatty() if progress is None else progress
         total = len(request.seeds) * request.schedule.num_tokens
         token_ids: list[Tensor] = []
@@ -122,7 +125,7 @@ class Engine:
         with tqdm(total=total, unit="token", desc=request.method.name, disable=not show) as bar:
             finished = 0
             for batch in self._batches(request):
-                for info in batch.run():
+                for info in batch.run(poll_every):
                     bar.update(finished * request.schedule.num_tokens + sum(info.num_committed) - bar.n)
                     if callback_on_step is not None:
                         callback_on_step(info)

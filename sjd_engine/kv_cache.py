@@ -25,24 +25,32 @@ class KVCache:
         device: torch.device,
     ):
         self.capacity = capacity
+        self.longest: int | None = None
         self.lengths = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         # One token's keys and values lie together: a pass writes each layer with one copy.
         self.tokens = torch.zeros(
             num_layers, num_sequences, capacity, 2, num_kv_heads, head_dim, dtype=dtype, device=device
         )
 
-    def narrow(self, rows: slice) -> "KVCache":
-        """The sequences `rows` as a cache of their own, on the same storage."""
+    def narrow(self, rows: slice, longest: int | None = None) -> "KVCache":
+        """The sequences `rows` as a cache of their own, on the same storage.
+
+        Args:
+            longest: an upper bound of their lengths, where the host knows one; None asks the device.
+        """
         part = object.__new__(KVCache)
-        part.capacity, part.lengths, part.tokens = self.capacity, self.lengths[rows], self.tokens[:, rows]
+        part.capacity, part.longest = self.capacity, longest
+        part.lengths, part.tokens = self.lengths[rows], self.tokens[:, rows]
         return part
 
     def positions(self, num_new: int) -> tuple[Tensor, int]:
-        """Where the next tokens of each sequence go, [S, num_new] int64, and the tokens the longest will then hold.
+        """Where the next tokens of each sequence go, [S, num_new] int64, and the tokens the longest may then hold.
 
         Raises: ValueError past the capacity.
         """
-        longest = int(self.lengths.amax())  # sync: the span of the attention
+        longest = self.longest
+        if longest is None:
+            longest = int(self.lengths.amax())  # sync: the span of the attention
         if longest + num_new > self.capacity:
             raise ValueError(f"KVCache: {longest} + {num_new} tokens exceed the capacity of {self.capacity}")
         return self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device), longest + num_new

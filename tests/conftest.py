@@ -1,9 +1,14 @@
 """Shared fixtures. The bundled model is loaded once for each dtype."""
 
+import os
+
 import pytest
 import torch
 
 from sjd_engine import Engine
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 
 @pytest.fixture(scope="session")

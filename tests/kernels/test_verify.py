@@ -37,6 +37,9 @@ CASES = {  # positional: method, V, W, B
     "forced": VerifyCase("maximal", 256, 5, 1, schedule=LINES, drift=0.1),
     "forced-exact": VerifyCase("exact", 256, 5, 1, schedule=LINES),
     "forced-above": VerifyCase("sjd", 256, 6, 1, schedule=LINES, init="above-sample"),
+    "forced-inside-a-row": VerifyCase(
+        "sjd", 256, 4, 1, schedule=Schedule(2, 4, {2: 7, 5: 9}), init="left-sample", drift=0.1
+    ),
     "bad-numbers": VerifyCase("maximal", 256, 4, 1, params=SamplingParams(top_k=9), bad=0.3),
     "bad-numbers-tiled": VerifyCase("exact", 9000, 2, 1, params=GUIDED, bad=0.3),
     "bad-numbers-reuse": VerifyCase("sjd++", 7, 4, 1, bad=0.4),
