@@ -197,10 +197,19 @@ class VerifyCase:
     def logits(self, iteration: int, num_committed: Tensor) -> Tensor:
         """[B, W, V], or [2, B, W, V] with guidance, for windows that begin at `num_committed`."""
         window = 1 if get_method(self.method).one_token else self.window_size
+        rows = torch.stack([self.sequence_logits(b, iteration) for b in range(self.batch_size)], -3)
+        slots = num_committed[:, None] + torch.arange(window)
+        index = slots[..., None].expand(*rows.shape[:-2], window, self.vocab_size)
+        rows = rows.gather(-2, index).to(self.dtype)
+        return rows.mT.contiguous().mT if self.strided else rows
+
+    def sequence_logits(self, sequence: int, iteration: int) -> Tensor:
+        """[T + W, V], or [2, T + W, V]: what sequence `first_seed + sequence` would see, whatever its batch."""
         pair = (2,) if self.params.guidance_scale > 1 else ()
-        shape = (*pair, self.batch_size, self.schedule.num_tokens + window, self.vocab_size)
-        rows = self.spread * torch.randn(shape, generator=torch.Generator().manual_seed(self.first_seed))
-        generator = torch.Generator().manual_seed(self.first_seed + 1 + iteration)
+        shape = (*pair, self.schedule.num_tokens + self.window_size, self.vocab_size)
+        seed = 1000 * (self.first_seed + sequence)
+        rows = self.spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed + 1 + iteration)
         rows += self.drift * torch.randn(shape, generator=generator)
         if self.ties:
             rows = (rows * 2).round() / 2
@@ -209,10 +218,7 @@ class VerifyCase:
             chosen = torch.rand(shape, generator=generator) < self.bad
             rows[chosen] = wrong[torch.randint(3, (int(chosen.sum()),), generator=generator)]
             rows[torch.rand(shape[:-1], generator=generator) < self.bad] = float("nan")
-        slots = num_committed[:, None] + torch.arange(window)
-        index = slots[..., None].expand(*pair, *slots.shape, self.vocab_size)
-        rows = rows.gather(-2, index).to(self.dtype)
-        return rows.mT.contiguous().mT if self.strided else rows
+        return rows
 
     def run(self, verify: Callable[..., VerifyResult], num_passes: int = 3) -> list[dict[str, Tensor]]:
         """What `verify` decides and leaves behind, pass after pass."""

@@ -73,3 +73,20 @@ def test_tiles_do_not_change_decisions(tile, monkeypatch):
     case = VerifyCase("maximal", 1000, 2, 1, params=GUIDED_TOP_K, drift=0.2)
     monkeypatch.setattr(launch, "LAUNCHES", (launch.Launch("tiny", None, tile, 4),))
     assert_same_decisions(case.run(reference.verify), case.run(verify.verify))
+
+
+@pytest.mark.parametrize("method", ["maximal", "exact"])
+def test_a_sequence_decides_the_same_in_any_slot_of_any_batch(method):
+    batch = VerifyCase(method, 256, 3, 3, params=TOP_K, drift=0.2).run(verify.verify)
+    for slot in range(3):
+        alone = VerifyCase(method, 256, 3, 1, params=TOP_K, drift=0.2, first_seed=slot).run(verify.verify)
+        for whole, one in zip(batch, alone, strict=True):
+            assert all(torch.equal(whole[name][slot : slot + 1], one[name]) for name in one)
+
+
+def test_the_padding_of_the_window_does_not_matter(monkeypatch):
+    """The window is padded to a power of two in registers; here to four times as much."""
+    case = VerifyCase("maximal", 256, 3, 1, init="above-repeat", drift=0.1)
+    constants = launch.constants
+    monkeypatch.setattr(launch, "constants", lambda *a: (c := constants(*a)) | {"WINDOW_BLOCK": 4 * c["WINDOW_BLOCK"]})
+    assert_same_decisions(case.run(reference.verify), case.run(verify.verify))
