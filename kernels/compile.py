@@ -265,6 +265,7 @@ def compile_cases(cases: list[Case], num_processes: int = 2) -> Iterator[Resourc
 
 
 def start_worker(cache: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # of the caller; Triton is not imported here yet
     os.environ["TRITON_CACHE_DIR"] = cache  # a kernel from an older cache would hide what the source became
     torch.set_num_threads(1)
 

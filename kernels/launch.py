@@ -50,6 +50,11 @@ def constants(accept: str, refresh: str, init: str, window_size: int, vocab_size
     }
 
 
-def options(vocab_size: int) -> dict[str, object]:
-    """The compiler's options. No fused multiply-add: `arithmetic` rounds every operation."""
-    return {"num_warps": choose(vocab_size).num_warps, "enable_fp_fusion": False}
+def options(vocab_size: int, backend: str) -> dict[str, object]:
+    """The compiler's options for `backend` ("cuda", "hip", or "" in the interpreter).
+
+    No fused multiply-add: `arithmetic` rounds every operation. On NVIDIA all registers a thread can have: left to
+    itself, ptxas spills to let more programs run at once, and there are too few rows for that to pay.
+    """
+    found: dict[str, object] = {"num_warps": choose(vocab_size).num_warps, "enable_fp_fusion": False}
+    return found | {"maxnreg": 255} if backend == "cuda" else found

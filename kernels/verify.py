@@ -415,6 +415,7 @@ def verify(
     batch_size, vocab_size = logits.shape[-3], logits.shape[-1]
     reads_previous = reads_previous_logits(accept, window_size)
     previous = state.previous_logits if reads_previous else None
+    backend = "" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
     num_accepted, num_committed = torch.empty_like(state.num_committed), torch.empty_like(state.num_committed)
     _verify_kernel[(window_size, batch_size)](
         logits,
@@ -450,7 +451,7 @@ def verify(
         vocab_size,
         grid.num_tokens,
         **launch.constants(accept, refresh, init, window_size, vocab_size, grid.cols),
-        **launch.options(vocab_size),
+        **launch.options(vocab_size, backend),
     )
     if reads_previous:
         state.previous_logits = logits

@@ -75,12 +75,12 @@ def doctor() -> None:
     """Tell versions and what runs the decoding ops, and why."""
     import torch
 
-    from sjd_engine import ops
+    from sjd_engine import native, ops
     from sjd_engine.engine import default_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     typer.echo(f"python        {platform.python_version()} on {platform.machine()}")
-    for package in ("sjd-engine", "torch", "numpy", "safetensors", "tokenizers", "transformers"):
+    for package in ("sjd-engine", "torch", "numpy", "safetensors", "tokenizers", "transformers", "triton"):
         try:
             typer.echo(f"{package:<13} {version(package)}")
         except PackageNotFoundError:
@@ -89,6 +89,16 @@ def doctor() -> None:
     typer.echo(f"dtype         {str(default_dtype(device)).removeprefix('torch.')} by default")
     runs = ops.backend(device)
     typer.echo(f"verify        {runs.name}: {runs.reason}")
+    if native.available():
+        archs = ", ".join(native.cuda_archs()) or "none"
+        typer.echo(f"compiled      CPU ops for {native.isa()}; CUDA for {archs}")
+        try:
+            for name, (major, minor), memory in native.cuda_devices():
+                typer.echo(f"gpu           {name}, sm_{major}{minor}, {memory / 2**30:.0f} GiB")
+        except RuntimeError as error:
+            typer.echo(f"gpu           none: {error}")
+    else:
+        typer.echo(f"compiled      no: {native.why_not()}")
 
 
 def check_writable(output: Path) -> None:

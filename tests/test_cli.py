@@ -57,5 +57,5 @@ def test_bad_arguments_write_nothing(tmp_path, arguments, status, message):
 def test_doctor_names_versions_and_backend(tmp_path):
     done = sjd("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "verify", "reference", "dtype"):
+    for word in ("torch", "verify", "cpu", "compiled", "dtype"):
         assert word in done.stdout
