@@ -7,7 +7,7 @@ export PYTHONSAFEPATH = 1
 .PHONY: demo test lint type bench clean
 .DEFAULT_GOAL := demo
 
-.venv/.ready: pyproject.toml setup.py constraints.txt
+.venv/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -31,6 +31,7 @@ type: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/kernels.py
 
 clean:
 	rm -rf .venv build dist out *.egg-info

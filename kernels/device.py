@@ -99,9 +99,7 @@ def gumbel_tile(seed, position, tile, TILE: tl.constexpr):
     block = (tile * (TILE // 4) + tl.arange(0, TILE // 4)).to(tl.uint32)
     zero = block ^ block
     k0, k1 = (seed & WORD).to(tl.uint32), ((seed >> 32) & WORD).to(tl.uint32)
-    a, b, c, d = tl.philox_impl(
-        zero + position.to(tl.uint32), zero, (block << 8) | GUMBEL, zero, zero + k0, zero + k1
-    )
+    a, b, c, d = tl.philox_impl(zero + position.to(tl.uint32), zero, (block << 8) | GUMBEL, zero, zero + k0, zero + k1)
     return tl.interleave(tl.interleave(gumbel(a), gumbel(c)), tl.interleave(gumbel(b), gumbel(d)))
 
 
@@ -159,9 +157,8 @@ def tile_logits(row, tile, TILE: tl.constexpr, NUM_TILES: tl.constexpr):
     """[TILE] float32 of a row after guidance and temperature; -inf beyond the vocabulary."""
     if NUM_TILES == 1:
         return row.first
-    else:
-        ids = tile_ids(tile, TILE)
-        return combine(row, ids, ids < row.vocab)
+    ids = tile_ids(tile, TILE)
+    return combine(row, ids, ids < row.vocab)
 
 
 @triton.jit

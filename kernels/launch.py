@@ -1,4 +1,4 @@
-"""How the fused kernels are launched: one plain table, read by the launcher and by the tests that compile it offline."""
+"""How the fused kernels are launched: one plain table, for the launcher and for the tests that compile it offline."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ class Launch:
         return -(-vocab_size // self.tile)
 
 
-# One tile up to 4096: the row is read once and stays in registers. A tile of 8192 spills with top-p on sm_80 and sm_120,
-# at 8 warps and at 16, so larger vocabularies are swept in tiles.
+# One tile up to 4096: the row is read once and stays in registers. A tile of 8192 spills with top-p on sm_80 and
+# sm_120, at 8 warps and at 16, so larger vocabularies are swept in tiles.
 LAUNCHES = (
     Launch("row-1024", 1024, 1024, 4),
     Launch("row-2048", 2048, 2048, 4),

@@ -41,8 +41,8 @@ NEGATIVE_INFINITY = float("-inf")
 class RowLaw(NamedTuple):
     """What turns a row of logits z into a law: exp(z - peak) * scale for the tokens that are kept, 0 for the others.
 
-    A token is kept where its logit is finite and lies above `cut`, or equals it and its id is at most `cut_id`. All four
-    are [B, W] float32. A row without one finite logit has peak -inf: its law is uniform.
+    A token is kept where its logit is finite and lies above `cut`, or equals it and its id is at most `cut_id`. All
+    four are [B, W] float32. A row without one finite logit has peak -inf: its law is uniform.
     """
 
     peak: Tensor
@@ -304,9 +304,9 @@ def fill_window(state: WindowState, grid: Grid, num_new: Tensor, init: str, seed
         *-repeat       the neighbour's token, q one-hot
         *-sample       drawn from the neighbour's law of this pass, q = that law
 
-    A neighbour that enters in the same pass hands on its own neighbour's. Without one (first column or row; for *-sample
-    also where the neighbour stands left of the window, so that its law is gone) the draft is random. Forced positions
-    get their token.
+    A neighbour that enters in the same pass hands on its own neighbour's. Without one (first column or row; for
+    *-sample also where the neighbour stands left of the window, so that its law is gone) the draft is random. Forced
+    positions get their token.
 
     Args:
         state: its tokens and law_row are written; num_committed is still that of the pass.

@@ -1,8 +1,8 @@
 """Where top-k and top-p cut a row: the value of the last token kept, and its id among equals.
 
 Equal to `reference.row_law`, without a sort. Values are compared as int32 keys of the same order. One tile: the rank is
-bracketed by bisection over keys, each step a count in registers, beginning next to the cut that the same position had in
-the pass before, from which it has seldom moved far. More tiles: a radix search, four digits of eight bits, each one
+bracketed by bisection over keys, each step a count in registers, beginning next to the cut that the same position had
+in the pass before, from which it has seldom moved far. More tiles: a radix search, four digits of eight bits, each one
 sweep with a histogram. top-p bisects over the integer weight above a key in both.
 """
 

@@ -1,9 +1,9 @@
 """One decoding pass in one launch.
 
 Fused: guidance, temperature, top-k, top-p, softmax, acceptance test, residual and fresh draws, reuse, coupling, refill
-of the window, and the bookkeeping of every sequence. A program takes one row of the window of one sequence: it reads the
-row's logits, and those of the previous pass where its residual is needed, and publishes a few integers. The program that
-draws the sequence's last ticket reads what all rows published, finds the first rejection and moves the sequence on.
+of the window, and the bookkeeping of every sequence. A program takes one row of the window of one sequence: it reads
+the row's logits, and those of the previous pass where its residual is needed, and publishes a few integers. The one
+that draws the sequence's last ticket reads what all have published, finds the first rejection and moves the sequence on.
 
 Bytes: 2 (4 with guidance) x V for each row, as much again for each row that draws from its residual; nothing of size V
 is written. Equal to `reference.verify`, decision for decision.
@@ -80,9 +80,7 @@ def _draw_target(row, law, total, word, TILE: tl.constexpr, NUM_TILES: tl.conste
 
 
 @triton.jit
-def _draw_residual(
-    row, law, previous, q_law, q_row, draft, total, word, TILE: tl.constexpr, NUM_TILES: tl.constexpr
-):
+def _draw_residual(row, law, previous, q_law, q_row, draft, total, word, TILE: tl.constexpr, NUM_TILES: tl.constexpr):
     """A token drawn from the residual; `total`: its weight."""
     target = share(word, total)
     before, token = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
@@ -118,11 +116,10 @@ def _neighbour(position, last, row_start_ptr, above_ptr, mask, INIT: tl.constexp
     if INIT == "left-repeat" or INIT == "left-sample":
         row_start = tl.load(row_start_ptr + position, mask=mask, other=-1)
         return tl.where((row_start >= 0) & (row_start <= last), last, -1)
-    else:
-        source = tl.load(above_ptr + position, mask=mask, other=-1)
-        for _ in range(STEPS):
-            source = tl.load(above_ptr + source, mask=source > last, other=source)
-        return tl.where(source > last, -1, source)
+    source = tl.load(above_ptr + position, mask=mask, other=-1)
+    for _ in range(STEPS):
+        source = tl.load(above_ptr + source, mask=source > last, other=source)
+    return tl.where(source > last, -1, source)
 
 
 @triton.jit
@@ -324,8 +321,8 @@ def _verify_kernel(
             commit_pass_ptr + sequence * (num_tokens + window_size), law_row_ptr + sequence * window_size,
             zero_residual_ptr + sequence, nonfinite_rows_ptr + sequence, zero_draft_prob_ptr + sequence,
             published_ptr, ticket_ptr + sequence, num_accepted_ptr + sequence, committed_out_ptr + sequence,
-            forced_ids_ptr, row_start_ptr, above_ptr, seed, committed, iteration, num_rows, window_size, vocab, num_tokens,
-            INIT, STEPS, WINDOW_BLOCK,
+            forced_ids_ptr, row_start_ptr, above_ptr, seed, committed, iteration, num_rows, window_size, vocab,
+            num_tokens, INIT, STEPS, WINDOW_BLOCK,
         )  # fmt: skip
 
 

@@ -54,11 +54,12 @@ class Batch:
         self.kv_cache = model.transformer.new_cache(len(contexts), capacity)
         self._group_size = 1 if batch_invariant else len(indices)
         self._passes = 0
-        self._at_most = [0] * len(indices)  # tokens each image has committed, or more: the device is not asked each pass
+        # Tokens each image has committed, or more: the device is not asked in every pass.
+        self._at_most = [0] * len(indices)
         self._seconds: list[float | None] = [None] * len(indices)
 
     def run(self, poll_every: int = 1) -> Iterator[StepInfo]:
-        """Decode to the end, telling of every `poll_every`-th pass; in between the host does not wait for the device."""
+        """Decode to the end, telling of every `poll_every`-th pass; in between the host waits for nothing."""
         started = time.perf_counter()
         while None in self._seconds:
             for _ in range(poll_every):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -183,8 +183,8 @@ class VerifyCase:
     window_size: int
     batch_size: int = 2
     init: str = "random"
-    params: SamplingParams = SamplingParams()
-    schedule: Schedule = Schedule(4, 4)
+    params: SamplingParams = field(default_factory=SamplingParams)
+    schedule: Schedule = field(default_factory=lambda: Schedule(4, 4))
     dtype: torch.dtype = torch.float32
     spread: float = 2.0
     drift: float = 0.5
@@ -220,19 +220,22 @@ class VerifyCase:
             rows[torch.rand(shape[:-1], generator=generator) < self.bad] = float("nan")
         return rows
 
-    def run(self, verify: Callable[..., VerifyResult], num_passes: int = 3) -> list[dict[str, Tensor]]:
-        """What `verify` decides and leaves behind, pass after pass."""
-        method, grid = get_method(self.method), self.schedule.grid()
+    def run(
+        self, verify: Callable[..., VerifyResult], num_passes: int = 3, device: str = "cpu"
+    ) -> list[dict[str, Tensor]]:
+        """What `verify` decides and leaves behind on `device`, pass after pass, as tensors on the CPU."""
+        method, grid = get_method(self.method), self.schedule.grid(device)
         window = 1 if method.one_token else self.window_size
-        state = WindowState.new(self.batch_size, self.schedule.num_tokens, window, "cpu")
+        state = WindowState.new(self.batch_size, self.schedule.num_tokens, window, device)
         seeds = torch.arange(self.first_seed, self.first_seed + self.batch_size) * 0x9E3779B97F4A7C15 % (1 << 62)
+        seeds = seeds.to(device)
         start(state, grid, window_size=window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
-        warping = self.params.warp_arguments(self.batch_size, self.vocab_size, torch.device("cpu"))
+        warping = self.params.warp_arguments(self.batch_size, self.vocab_size, torch.device(device))
         passes = []
         for iteration in range(num_passes):
-            first = state.num_committed.clone()
+            first = state.num_committed.cpu()
             result = verify(
-                self.logits(iteration, first),
+                self.logits(iteration, first).to(device),
                 state,
                 grid,
                 window_size=window,
@@ -240,10 +243,12 @@ class VerifyCase:
                 refresh=method.refresh,
                 init=self.init,
                 seeds=seeds,
-                reuse_threshold=torch.full((self.batch_size,), self.reuse_threshold),
+                reuse_threshold=torch.full((self.batch_size,), self.reuse_threshold, device=device),
                 **warping,
             )
-            passes.append(self.decisions(state, result, first, window))
+            on_host = WindowState(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()})
+            result = VerifyResult(result.num_accepted.cpu(), result.num_committed.cpu())
+            passes.append(self.decisions(on_host, result, first, window))
         return passes
 
     def decisions(self, state: WindowState, result: VerifyResult, first: Tensor, window: int) -> dict[str, Tensor]:

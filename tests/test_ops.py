@@ -39,7 +39,7 @@ class TestBackend:
 
     def test_an_unknown_backend_lists_the_known_ones(self, monkeypatch):
         monkeypatch.setenv("SJD_BACKEND", "cuda")
-        with pytest.raises(ValueError, match="SJD_BACKEND.*triton, cpu, reference"):
+        with pytest.raises(ValueError, match=r"SJD_BACKEND.*triton, cpu, reference"):
             ops.backend("cpu")
 
     def test_a_backend_that_cannot_run_is_an_error_where_it_was_asked_for(self, monkeypatch):

@@ -1,6 +1,6 @@
-"""Triton's interpreter patches `triton.language` anew for every call of a jitted helper, 7 ms each time. The kernel's own
-call has done it already; once for each module of Triton's standard library is enough. This makes the tests three times
-faster and changes nothing else."""
+"""Triton's interpreter patches `triton.language` anew for every call of a jitted helper, 7 ms each time. The kernel's
+own call has done it already; once for each module of Triton's standard library is enough. This makes the tests many
+times faster and changes nothing else."""
 
 import sys
 

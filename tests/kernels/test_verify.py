@@ -1,7 +1,9 @@
-"""The fused kernel equals the reference, integer for integer. Runs in Triton's interpreter, on CPU.
+"""The fused kernel equals the reference, integer for integer: on a GPU, or without one in Triton's interpreter.
 
 The interpreter is an oracle of meaning only: what the compiler makes of the kernel is checked by test_compile.py.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from sjd_engine.methods import INITS, METHODS
 from sjd_engine.testing import VerifyCase, assert_same_decisions
 
 triton = pytest.importorskip("triton")
-if not triton.knobs.runtime.interpret:
-    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
+    pytest.skip("without a GPU, TRITON_INTERPRET=1 must be set before Triton is imported", allow_module_level=True)
 
 from sjd_engine.kernels import verify  # noqa: E402
 
@@ -24,7 +27,10 @@ LINES = Schedule.with_line_breaks(3, 3, token=70_000, end_tokens=[70_001])
 
 CASES = {  # positional: method, V, W, B
     **{f"{name}-V7-W3-B2": VerifyCase(name, 7, 3, drift=0.3) for name in METHODS},
-    **{f"{name}-V256-W3-topk": VerifyCase(name, 256, 3, 1, params=GUIDED_TOP_K, dtype=torch.bfloat16) for name in METHODS},
+    **{
+        f"{name}-V256-W3-topk": VerifyCase(name, 256, 3, 1, params=GUIDED_TOP_K, dtype=torch.bfloat16)
+        for name in METHODS
+    },
     **{f"{name}-V9000-W2-tiled": VerifyCase(name, 9000, 2, 1, params=GUIDED, spread=3.0) for name in METHODS},
     "topk-ties": VerifyCase("maximal", 256, 3, 1, params=TOP_K, ties=True, drift=0.0),
     "topk-tiled-ties": VerifyCase("sjd", 9000, 2, 1, params=SamplingParams(top_k=300), ties=True),
@@ -54,7 +60,7 @@ CASES = {  # positional: method, V, W, B
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_decision_equals_the_reference(case):
     passes = 3 if case.vocab_size < 9000 else 2  # the third reads laws where the first wrote them
-    assert_same_decisions(case.run(reference.verify, passes), case.run(verify.verify, passes))
+    assert_same_decisions(case.run(reference.verify, passes), case.run(verify.verify, passes, DEVICE))
 
 
 def test_a_broken_kernel_would_be_noticed(monkeypatch):
@@ -72,14 +78,15 @@ def test_tiles_do_not_change_decisions(tile, monkeypatch):
     """Sums are of integers: neither tiles, nor the number of warps, which orders them, can matter."""
     case = VerifyCase("maximal", 1000, 2, 1, params=GUIDED_TOP_K, drift=0.2)
     monkeypatch.setattr(launch, "LAUNCHES", (launch.Launch("tiny", None, tile, 4),))
-    assert_same_decisions(case.run(reference.verify), case.run(verify.verify))
+    assert_same_decisions(case.run(reference.verify), case.run(verify.verify, device=DEVICE))
 
 
 @pytest.mark.parametrize("method", ["maximal", "exact"])
 def test_a_sequence_decides_the_same_in_any_slot_of_any_batch(method):
-    batch = VerifyCase(method, 256, 3, 3, params=TOP_K, drift=0.2).run(verify.verify)
+    case = VerifyCase(method, 256, 3, 3, params=TOP_K, drift=0.2)
+    batch = case.run(verify.verify, device=DEVICE)
     for slot in range(3):
-        alone = VerifyCase(method, 256, 3, 1, params=TOP_K, drift=0.2, first_seed=slot).run(verify.verify)
+        alone = replace(case, batch_size=1, first_seed=slot).run(verify.verify, device=DEVICE)
         for whole, one in zip(batch, alone, strict=True):
             assert all(torch.equal(whole[name][slot : slot + 1], one[name]) for name in one)
 
@@ -89,4 +96,4 @@ def test_the_padding_of_the_window_does_not_matter(monkeypatch):
     case = VerifyCase("maximal", 256, 3, 1, init="above-repeat", drift=0.1)
     constants = launch.constants
     monkeypatch.setattr(launch, "constants", lambda *a: (c := constants(*a)) | {"WINDOW_BLOCK": 4 * c["WINDOW_BLOCK"]})
-    assert_same_decisions(case.run(reference.verify), case.run(verify.verify))
+    assert_same_decisions(case.run(reference.verify), case.run(verify.verify, device=DEVICE))
