@@ -3,7 +3,7 @@
 Fused: guidance, temperature, top-k, top-p, softmax, acceptance test, residual and fresh draws, reuse, coupling, refill
 of the window, and the bookkeeping of every sequence. A program takes one row of the window of one sequence: it reads
 the row's logits, and those of the previous pass where its residual is needed, and publishes a few integers. The one
-that draws the sequence's last ticket reads what all have published, finds the first rejection and moves the sequence on.
+that draws the last ticket of its sequence reads what all have published, finds the first rejection and moves it on.
 
 Bytes: 2 (4 with guidance) x V for each row, as much again for each row that draws from its residual; nothing of size V
 is written. Equal to `reference.verify`, decision for decision.
