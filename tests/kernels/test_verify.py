@@ -53,6 +53,9 @@ CASES = {  # positional: method, V, W, B
     "above-sample-narrow": VerifyCase("maximal", 256, 7, 1, init="above-sample", schedule=Schedule(8, 2), drift=0.1),
     "window-beyond-the-image": VerifyCase("maximal", 7, 20, 1, drift=0.0),
     "disjoint-laws": VerifyCase("maximal", 256, 4, 1, spread=30.0, drift=30.0, params=TOP_K),
+    "subnormal": VerifyCase("maximal", 256, 3, 1, spread=1e-41, drift=1e-41, params=TOP_K),
+    "overflowing": VerifyCase("sjd", 256, 3, 1, spread=1e38, drift=1e38, params=GUIDED),
+    "negative-zeros": VerifyCase("exact", 256, 3, 1, spread=0.2, drift=0.1, ties=True, params=TOP_K),
     "strided": VerifyCase("maximal", 256, 3, 1, params=GUIDED, strided=True),
 }
 
