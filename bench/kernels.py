@@ -10,7 +10,7 @@ Backends:
     four-kernel   the layout of serving stacks in PyTorch operators: block statistics, rejection, resampling and
                   insertion as stages of their own, each computing the probabilities it needs again
     c++           `sjd_engine.native.verify`, on the CPU
-    triton        `kernels.verify.verify`, on CUDA; its interpreter is an oracle of meaning and is never timed
+    triton        `kernels.verify`, on CUDA; its interpreter is an oracle of meaning and is never timed
 
 Columns:
     accept        accepted drafts over tested ones; successive logits differ by --drift, which controls it
@@ -371,7 +371,7 @@ def backends(names: Sequence[str]) -> dict[str, Callable[[], Verify]]:
     def triton() -> Verify:
         from sjd_engine.kernels import verify
 
-        return verify.verify
+        return verify
 
     every: dict[str, Callable[[], Verify]] = {
         "compiled": CompiledReference,

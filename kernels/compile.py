@@ -239,7 +239,7 @@ def launch_verify(case: Case) -> None:
     state = WindowState.new(BATCH_SIZE, num_tokens, WINDOW_SIZE, "cpu")
     logits = torch.empty(2, BATCH_SIZE, WINDOW_SIZE, vocab_size, dtype=DTYPES[case.dtype])
     state.previous_logits = torch.empty_like(logits)
-    verify.verify(
+    verify(
         logits,
         state,
         Grid(positions if every else None, positions, positions, COLS),

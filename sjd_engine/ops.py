@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sjd_engine import native
+from sjd_engine import kernels, native
 from sjd_engine.kernels import reference
 from sjd_engine.kernels.reference import start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
@@ -81,7 +81,7 @@ def missing(name: str, device: str) -> str:
 def implementation(name: str) -> Callable[..., VerifyResult]:
     """`verify` of backend `name`."""
     if name == "triton":
-        return importlib.import_module("sjd_engine.kernels.verify").verify
+        return kernels.verify
     return native.verify if name == "cpu" else reference.verify
 
 

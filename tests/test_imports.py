@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # Who may import what of this project, lowest first; a module may import from its own level and from those above it.
 LEVELS = [
-    {"sjd_engine.kernels", "sjd_engine.errors"},
+    {"sjd_engine.kernels", "sjd_engine._C", "sjd_engine.errors"},
     {"sjd_engine.native"},
     {"sjd_engine.ops", "sjd_engine.sampling", "sjd_engine.methods", "sjd_engine.images"},
     {"sjd_engine.schedule", "sjd_engine.kv_cache"},
@@ -82,3 +82,9 @@ def test_import_is_light():
 def test_import_takes_less_than_300_ms_beyond_torch():
     code = "import time, torch, numpy; s = time.perf_counter(); import sjd_engine; print(time.perf_counter() - s)"
     assert min(float(run(code)) for _ in range(3)) < 0.3
+
+
+def test_only_native_imports_the_compiled_module():
+    for name, path, package in modules():
+        if name != "sjd_engine.native":
+            assert "sjd_engine._C" not in imports(path, package), name

@@ -133,7 +133,7 @@ def padded_logits(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
     inner = logits.ndim - 1 if logits.stride(-1) == 1 else logits.ndim - 2
     wider = logits.new_zeros([size + 3 * (dim == inner) for dim, size in enumerate(logits.shape)])
     view = (wider if inner == logits.ndim - 1 else wider.mT.contiguous().mT).narrow(inner, 0, logits.shape[inner])
-    return verify.verify(view.copy_(logits), *args, **kwargs)
+    return verify(view.copy_(logits), *args, **kwargs)
 
 
 def run_verify_with_short(name: str) -> None:
@@ -141,7 +141,7 @@ def run_verify_with_short(name: str) -> None:
 
     def shortened(logits: Tensor, state: Any, *args: Any, **kwargs: Any) -> Any:
         setattr(state, name, getattr(state, name).flatten()[:-1].clone())
-        return verify.verify(logits, state, *args, **kwargs)
+        return verify(logits, state, *args, **kwargs)
 
     VerifyCase("maximal", 64, 4, 1, drift=0.0).run(shortened)
 

@@ -63,7 +63,7 @@ CASES = {  # positional: method, V, W, B
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_decision_equals_the_reference(case):
     passes = 3 if case.vocab_size < 9000 else 2  # the third reads laws where the first wrote them
-    assert_same_decisions(case.run(reference.verify, passes), case.run(verify.verify, passes, DEVICE))
+    assert_same_decisions(case.run(reference.verify, passes), case.run(verify, passes, DEVICE))
 
 
 def test_a_broken_kernel_would_be_noticed(monkeypatch):
@@ -81,15 +81,15 @@ def test_tiles_do_not_change_decisions(tile, monkeypatch):
     """Sums are of integers: neither tiles, nor the number of warps, which orders them, can matter."""
     case = VerifyCase("maximal", 1000, 2, 1, params=GUIDED_TOP_K, drift=0.2)
     monkeypatch.setattr(launch, "LAUNCHES", (launch.Launch("tiny", None, tile, 4),))
-    assert_same_decisions(case.run(reference.verify), case.run(verify.verify, device=DEVICE))
+    assert_same_decisions(case.run(reference.verify), case.run(verify, device=DEVICE))
 
 
 @pytest.mark.parametrize("method", ["maximal", "exact"])
 def test_a_sequence_decides_the_same_in_any_slot_of_any_batch(method):
     case = VerifyCase(method, 256, 3, 3, params=TOP_K, drift=0.2)
-    batch = case.run(verify.verify, device=DEVICE)
+    batch = case.run(verify, device=DEVICE)
     for slot in range(3):
-        alone = replace(case, batch_size=1, first_seed=slot).run(verify.verify, device=DEVICE)
+        alone = replace(case, batch_size=1, first_seed=slot).run(verify, device=DEVICE)
         for whole, one in zip(batch, alone, strict=True):
             assert all(torch.equal(whole[name][slot : slot + 1], one[name]) for name in one)
 
@@ -99,4 +99,4 @@ def test_the_padding_of_the_window_does_not_matter(monkeypatch):
     case = VerifyCase("maximal", 256, 3, 1, init="above-repeat", drift=0.1)
     constants = launch.constants
     monkeypatch.setattr(launch, "constants", lambda *a: (c := constants(*a)) | {"WINDOW_BLOCK": 4 * c["WINDOW_BLOCK"]})
-    assert_same_decisions(case.run(reference.verify), case.run(verify.verify, device=DEVICE))
+    assert_same_decisions(case.run(reference.verify), case.run(verify, device=DEVICE))
