@@ -118,11 +118,12 @@ def main() -> None:
         shutil.copyfile(args.tokenizers_from / "tokenizer.json", args.cache / "text_tokenizer.json")
     else:
         train_text_tokenizer(compositor, seen, args.seed).save(str(args.cache / "text_tokenizer.json"))
-    for name, weights, count, keep_pairs in (
-        ("held_out", unseen, args.held_out, True),
-        ("train", seen, args.pictures, False),
+    for name, weights, count, keep_pairs, seed in (
+        ("held_out", unseen, args.held_out, True, args.seed),  # concepts that training never shows
+        ("fresh", seen, args.held_out, False, args.seed + 1),  # pictures that it never shows, of concepts that it does
+        ("train", seen, args.pictures, False, args.seed),
     ):
-        rows = encode_pictures(encoder, compositor, weights, count, args.seed, keep_pairs, name)
+        rows = encode_pictures(encoder, compositor, weights, count, seed, keep_pairs, name)
         np.savez(args.cache / f"{name}.npz", **rows)
 
 
