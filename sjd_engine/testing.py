@@ -233,7 +233,7 @@ class VerifyCase:
         warping = self.params.warp_arguments(self.batch_size, self.vocab_size, torch.device(device))
         passes = []
         for iteration in range(num_passes):
-            first = state.num_committed.cpu()
+            first = state.num_committed.clone().cpu()
             result = verify(
                 self.logits(iteration, first).to(device),
                 state,
