@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("build")  # one worker builds for all of them
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:

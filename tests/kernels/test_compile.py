@@ -21,7 +21,6 @@ from sjd_engine.kernels.compile import (
 )
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("compile")  # one worker compiles for all of them
 
 EXPECTED = json.loads((Path(__file__).parent / "resources.json").read_text())
 # What a register allocator may move without anyone having made the kernel worse.
