@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 UNIFORM, ONE_HOT = -1, -2  # values of WindowState.law_row where the draft's law is no row of the previous pass
-PEAK, SCALE, CUT, CUT_ID = range(4)  # the numbers of a row's law in WindowState.laws
 
 
 @dataclass

@@ -50,14 +50,13 @@ def backend(device: torch.device | str) -> Backend:
 def _backend(device: str, wanted: str) -> Backend:
     if wanted and wanted not in BACKENDS:
         raise ValueError(f"{OVERRIDE}: unknown {wanted!r}; known backends: {', '.join(BACKENDS)}")
-    fastest = "cpu" if device == "cpu" else "triton"
-    obstacle = missing(fastest, device) if not wanted else missing(wanted, device)
-    if wanted:
-        if obstacle:
-            raise RuntimeError(f"{OVERRIDE}={wanted}: {obstacle}")
-        return Backend(wanted, f"{OVERRIDE} asks for it", implementation(wanted))
+    name = wanted or ("cpu" if device == "cpu" else "triton")
+    obstacle = missing(name, device)
     if not obstacle:
-        return Backend(fastest, f"the fastest on {device}", implementation(fastest))
+        reason = f"{OVERRIDE} asks for it" if wanted else f"the fastest on {device}"
+        return Backend(name, reason, implementation(name))
+    if wanted:
+        raise RuntimeError(f"{OVERRIDE}={wanted}: {obstacle}")
     warnings.warn(f"the slow reference runs `verify`: {obstacle}", RuntimeWarning, stacklevel=3)
     return Backend("reference", obstacle, reference.verify)
 
