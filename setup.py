@@ -72,7 +72,7 @@ class BuildNative(build_ext):
         flags = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
         (extension,) = self.extensions
-        extension.sources.append("csrc/device_info.cu")
+        extension.sources += sorted(str(source) for source in Path("csrc").glob("*.cu"))
         extension.define_macros.append(("SJD_CUDA_ARCHS", f'"{names}"'))
 
         compile_cxx = self.compiler._compile
@@ -97,7 +97,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "sjd_engine._C",
-            ["csrc/bindings.cpp", "csrc/rows.cpp", "csrc/verify_cpu.cpp"],
+            sorted(str(source) for source in Path("csrc").glob("*.cpp")),
             depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
             cxx_std=17,
             extra_compile_args=CXX_FLAGS,

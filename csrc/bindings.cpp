@@ -8,8 +8,11 @@
 #include <sstream>
 #include <utility>
 
+#include "attention_cpu.h"
 #include "check.h"
 #include "device_info.h"
+#include "page_allocator.h"
+#include "paged_kv.h"
 #include "verify_cpu.h"
 
 namespace py = pybind11;
@@ -24,30 +27,37 @@ using Names = std::initializer_list<std::pair<const char*, T>>;
 
 // The value called `name`.
 template <class T>
-T named(const char* argument, const std::string& name, Names<T> known) {
+T named(const char* op, const char* argument, const std::string& name, Names<T> known) {
   std::string expected = "one of";
   for (const auto& [key, value] : known) {
     if (name == key) return value;
     expected += std::string(expected.back() == 'f' ? " " : ", ") + key;
   }
-  check(false, kVerify, argument, expected, "'" + name + "'");
+  check(false, op, argument, expected, "'" + name + "'");
   return known.begin()->second;
 }
 
-void check_range(const char* argument, int64_t value, int64_t least, int64_t most, const char* remedy = "") {
-  check(least <= value && value <= most, kVerify, argument, "in " + text(least) + ".." + text(most), text(value),
+void check_range(const char* op, const char* argument, int64_t value, int64_t least, int64_t most,
+                 const char* remedy = "") {
+  check(least <= value && value <= most, op, argument, "in " + text(least) + ".." + text(most), text(value),
         remedy);
 }
 
 template <class T>
-T* required(const char* argument, uintptr_t address) {
-  check(address != 0, kVerify, argument, "the address of a tensor", "0");
+T* required(const char* op, const char* argument, uintptr_t address) {
+  check(address != 0, op, argument, "the address of a tensor", "0");
   return reinterpret_cast<T*>(address);
 }
 
 template <class T>
 const T* optional(uintptr_t address) {
   return reinterpret_cast<const T*>(address);
+}
+
+DType dtype_of(const char* op, const std::string& name) {
+  return named<DType>(
+      op, "dtype", name,
+      {{"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}});
 }
 
 using Strides = std::array<int64_t, 4>;  // pair, batch, row, vocab
@@ -65,14 +75,13 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
             uintptr_t top_p, uintptr_t reuse_threshold, const std::string& accept, const std::string& refresh,
             const std::string& init, int num_threads) {
   constexpr int64_t kMost = INT32_MAX;
-  check_range("batch_size", batch_size, 1, kMost);
-  check_range("window_size", window_size, 1, kMost);
-  check_range("num_tokens", num_tokens, 1, kMost);
-  check_range("vocab_size", vocab_size, 2, 1 << 18, "sums of more weights would not fit 64 bits");
-  check_range("num_threads", num_threads, 1, kMost);
-  const DType type = named<DType>(
-      "dtype", dtype, {{"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}});
-  required<void>("logits", logits);
+  check_range(kVerify, "batch_size", batch_size, 1, kMost);
+  check_range(kVerify, "window_size", window_size, 1, kMost);
+  check_range(kVerify, "num_tokens", num_tokens, 1, kMost);
+  check_range(kVerify, "vocab_size", vocab_size, 2, 1 << 18, "sums of more weights would not fit 64 bits");
+  check_range(kVerify, "num_threads", num_threads, 1, kMost);
+  const DType type = dtype_of(kVerify, dtype);
+  required<void>(kVerify, "logits", logits);
 
   VerifyParams p;
   p.logits = logits_at(logits, type, guided, strides);
@@ -81,33 +90,33 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
   p.window_size = window_size;
   p.num_tokens = num_tokens;
   p.vocab_size = static_cast<int>(vocab_size);
-  p.tokens = required<int64_t>("tokens", tokens);
-  p.num_committed = required<int64_t>("num_committed", num_committed);
-  p.iteration = required<int64_t>("iteration", iteration);
-  p.commit_pass = required<int64_t>("commit_pass", commit_pass);
-  p.law_row = required<int32_t>("law_row", law_row);
-  p.laws = required<RowLaw>("laws", laws);
-  p.zero_residual = required<int64_t>("zero_residual", zero_residual);
-  p.nonfinite_rows = required<int64_t>("nonfinite_rows", nonfinite_rows);
-  p.zero_draft_prob = required<int64_t>("zero_draft_prob", zero_draft_prob);
-  p.num_accepted = required<int64_t>("num_accepted", num_accepted);
+  p.tokens = required<int64_t>(kVerify, "tokens", tokens);
+  p.num_committed = required<int64_t>(kVerify, "num_committed", num_committed);
+  p.iteration = required<int64_t>(kVerify, "iteration", iteration);
+  p.commit_pass = required<int64_t>(kVerify, "commit_pass", commit_pass);
+  p.law_row = required<int32_t>(kVerify, "law_row", law_row);
+  p.laws = required<RowLaw>(kVerify, "laws", laws);
+  p.zero_residual = required<int64_t>(kVerify, "zero_residual", zero_residual);
+  p.nonfinite_rows = required<int64_t>(kVerify, "nonfinite_rows", nonfinite_rows);
+  p.zero_draft_prob = required<int64_t>(kVerify, "zero_draft_prob", zero_draft_prob);
+  p.num_accepted = required<int64_t>(kVerify, "num_accepted", num_accepted);
   p.forced_ids = optional<int64_t>(forced_ids);
-  p.row_start = required<int64_t>("row_start", row_start);
-  p.above = required<int64_t>("above", above);
-  p.seeds = required<int64_t>("seeds", seeds);
+  p.row_start = required<int64_t>(kVerify, "row_start", row_start);
+  p.above = required<int64_t>(kVerify, "above", above);
+  p.seeds = required<int64_t>(kVerify, "seeds", seeds);
   p.guidance_scale = optional<float>(guidance_scale);
   p.temperature = optional<float>(temperature);
   p.top_k = optional<int64_t>(top_k);
   p.top_p = optional<float>(top_p);
   p.reuse_threshold = optional<float>(reuse_threshold);
-  p.accept = named<Accept>("accept", accept, {{"ratio", Accept::kRatio}, {"match", Accept::kMatch}});
-  p.refresh = named<Refresh>("refresh", refresh,
+  p.accept = named<Accept>(kVerify, "accept", accept, {{"ratio", Accept::kRatio}, {"match", Accept::kMatch}});
+  p.refresh = named<Refresh>(kVerify, "refresh", refresh,
                              {{"fresh", Refresh::kFresh},
                               {"reuse", Refresh::kReuse},
                               {"maximal", Refresh::kMaximal},
                               {"gumbel", Refresh::kGumbel},
                               {"argmax", Refresh::kArgmax}});
-  p.init = named<Init>("init", init,
+  p.init = named<Init>(kVerify, "init", init,
                        {{"random", Init::kRandom},
                         {"left-repeat", Init::kLeftRepeat},
                         {"above-repeat", Init::kAboveRepeat},
@@ -121,6 +130,145 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
   py::gil_scoped_release release;
   verify_cpu(p);
 }
+
+// ------------------------------------------------------------------------------------------------------ paged cache
+
+constexpr int64_t kMostRows = int64_t{1} << 40;
+
+// Pages of `dtype`, and the tables of some sequences.
+struct Pages {
+  uintptr_t pages, block_table;
+  std::string dtype;
+  int64_t num_layers, num_pages, page_size, num_kv_heads, head_dim, num_sequences, table_width;
+
+  PagedKV at(const char* op, bool reads_table = true) const {
+    for (const auto& [name, value] : Names<int64_t>{{"num_layers", num_layers},
+                                                    {"num_pages", num_pages},
+                                                    {"page_size", page_size},
+                                                    {"num_kv_heads", num_kv_heads},
+                                                    {"head_dim", head_dim},
+                                                    {"num_sequences", num_sequences},
+                                                    {"table_width", table_width}}) {
+      check_range(op, name, value, 1, INT32_MAX);
+    }
+    const int64_t size = dtype_of(op, dtype) == DType::kFloat32 ? 4 : 2;
+    return {required<char>(op, "pages", pages),
+            reads_table ? required<int32_t>(op, "block_table", block_table) : nullptr,
+            num_sequences,
+            table_width,
+            num_pages,
+            page_size,
+            num_kv_heads * head_dim * size};
+  }
+};
+
+// Where an op runs: threads of the CPU, or a stream of CUDA.
+struct Place {
+  bool cuda;
+  uintptr_t stream;
+  int num_threads;
+};
+
+template <class Op>
+void run(const char* name, const Op& op, const Place& place) {
+  check_range(name, "num_threads", place.num_threads, 1, INT32_MAX);
+  check_range(name, "the number of rows", op.count(), 0, UINT32_MAX);
+  py::gil_scoped_release release;
+  if (!place.cuda) return run_cpu(op, place.num_threads);
+#if defined(SJD_CUDA_ARCHS)
+  run_cuda(op, reinterpret_cast<void*>(place.stream));
+#else
+  throw std::runtime_error(std::string(name) +
+                           ": this build of sjd_engine has no CUDA; build it again where nvcc is found");
+#endif
+}
+
+bool all_wide(std::initializer_list<int64_t> values) {
+  return std::all_of(values.begin(), values.end(), [](int64_t value) { return value % 16 == 0; });
+}
+
+int64_t number(const void* address) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)); }
+
+void append_kv(const Pages& pages, uintptr_t keys, uintptr_t values, int64_t sequence_stride, int64_t token_stride,
+               uintptr_t context_lens, uintptr_t num_valid, int64_t num_new, const Place& place) {
+  constexpr const char* kOp = "append_kv";
+  check_range(kOp, "num_new", num_new, 1, INT32_MAX);
+  AppendKV op{pages.at(kOp), required<char>(kOp, "keys", keys), required<char>(kOp, "values", values), sequence_stride,
+              token_stride,  required<int32_t>(kOp, "context_lens", context_lens), optional<int32_t>(num_valid), num_new,
+              false};
+  op.wide = all_wide(
+      {number(op.kv.pages), op.kv.row_bytes, number(op.keys), number(op.values), sequence_stride, token_stride});
+  run(kOp, op, place);
+}
+
+void advance_rollback(uintptr_t context_lens, uintptr_t prefix_lens, uintptr_t num_committed, int64_t num_sequences,
+                      int64_t copies, const Place& place) {
+  constexpr const char* kOp = "advance_rollback";
+  check_range(kOp, "num_sequences", num_sequences, 1, INT32_MAX);
+  check_range(kOp, "copies", copies, 1, num_sequences);
+  run(kOp,
+      AdvanceRollback{required<int32_t>(kOp, "context_lens", context_lens),
+                      required<int32_t>(kOp, "prefix_lens", prefix_lens),
+                      required<int64_t>(kOp, "num_committed", num_committed), num_sequences, copies},
+      place);
+}
+
+void copy_pages(const Pages& pages, uintptr_t copies, int64_t num_copies, const Place& place) {
+  constexpr const char* kOp = "copy_pages";
+  check_range(kOp, "num_copies", num_copies, 1, kMostRows);
+  CopyPages op{pages.at(kOp, false), required<int32_t>(kOp, "copies", copies), num_copies, pages.num_layers, false};
+  op.wide = all_wide({number(op.kv.pages), op.kv.row_bytes});
+  run(kOp, op, place);
+}
+
+void gather_kv(const Pages& pages, uintptr_t out, uintptr_t context_lens, int64_t num_new, int64_t span,
+               const Place& place) {
+  constexpr const char* kOp = "gather_kv";
+  check_range(kOp, "num_new", num_new, 0, INT32_MAX);
+  check_range(kOp, "span", span, 1, INT32_MAX);
+  GatherKV op{pages.at(kOp), required<char>(kOp, "out", out), required<int32_t>(kOp, "context_lens", context_lens),
+              num_new,       span,                            false};
+  op.wide = all_wide({number(op.kv.pages), op.kv.row_bytes, number(op.out)});
+  run(kOp, op, place);
+}
+
+void poison_kv(const Pages& pages, uintptr_t context_lens, int64_t num_slots, const Place& place) {
+  constexpr const char* kOp = "poison_kv";
+  check_range(kOp, "num_slots", num_slots, 1, INT32_MAX);
+  run(kOp,
+      PoisonKV{pages.at(kOp), required<int32_t>(kOp, "context_lens", context_lens), num_slots, pages.num_layers},
+      place);
+}
+
+void window_attention(const Pages& pages, uintptr_t queries, const std::array<int64_t, 3>& strides, uintptr_t out,
+                      uintptr_t context_lens, uintptr_t window_bias, int64_t bias_sequence_stride, int64_t num_new,
+                      int64_t num_heads, float scale, int num_threads) {
+  constexpr const char* kOp = "window_attention";
+  check_range(kOp, "num_new", num_new, 1, INT32_MAX);
+  check_range(kOp, "num_threads", num_threads, 1, INT32_MAX);
+  const PagedKV kv = pages.at(kOp);
+  check(num_heads > 0 && num_heads % pages.num_kv_heads == 0, kOp, "num_heads",
+        "a multiple of num_kv_heads = " + text(pages.num_kv_heads), text(num_heads));
+  const WindowAttention params{kv,
+                               dtype_of(kOp, pages.dtype),
+                               required<void>(kOp, "queries", queries),
+                               strides[0],
+                               strides[1],
+                               strides[2],
+                               required<void>(kOp, "out", out),
+                               required<int32_t>(kOp, "context_lens", context_lens),
+                               optional<float>(window_bias),
+                               bias_sequence_stride,
+                               num_new,
+                               num_heads,
+                               pages.num_kv_heads,
+                               pages.head_dim,
+                               scale};
+  py::gil_scoped_release release;
+  attend_cpu(params, num_threads);
+}
+
+// ----------------------------------------------------------------------------------------------------------- module
 
 // "sm_80 sm_90 compute_90" as a tuple.
 py::tuple words(const std::string& line) {
@@ -142,6 +290,70 @@ py::list devices() {
   return found;
 }
 
+void define_paged_cache(py::module_& m) {
+  using py::arg;
+  py::register_exception<PagesExhausted>(m, "PagesExhausted", PyExc_RuntimeError);
+  py::class_<PageAllocator>(m, "PageAllocator", "Which page holds which tokens of which sequence.")
+      .def(py::init<int64_t, int64_t>(), py::kw_only(), arg("num_pages"), arg("page_size"))
+      .def("pages_needed", &PageAllocator::pages_needed, py::kw_only(), arg("prompt"), arg("capacity"),
+           "Free pages that `admit` would take.")
+      .def(
+          "admit",
+          [](PageAllocator& self, const std::vector<int64_t>& prompt, int64_t capacity) {
+            const auto [sequence, num_cached] = self.admit(prompt, capacity);
+            return py::make_tuple(sequence, num_cached);
+          },
+          py::kw_only(), arg("prompt"), arg("capacity"),
+          "Reserve all pages of a new sequence: (sequence, prompt tokens that are cached already).")
+      .def("publish", &PageAllocator::publish, arg("sequence"), py::kw_only(), arg("num_tokens"),
+           "The first tokens of the prompt are written: their full pages may be shared.")
+      .def(
+          "fork",
+          [](PageAllocator& self, int64_t sequence, int64_t num_tokens) {
+            const auto [child, copies] = self.fork(sequence, num_tokens);
+            return py::make_tuple(child, copies);
+          },
+          arg("sequence"), py::kw_only(), arg("num_tokens"), "A twin: (sequence, pages to copy as (from, to)).")
+      .def("own", &PageAllocator::own, arg("sequence"), py::kw_only(), arg("first"),
+           "Copy on write from token `first` on: pages to copy as (from, to).")
+      .def("release", &PageAllocator::release, arg("sequence"), "Give up a sequence.")
+      .def("pages", &PageAllocator::pages, arg("sequence"), "The pages of a sequence, in order.")
+      .def("references", &PageAllocator::references, arg("page"), "How many sequences hold a page.")
+      .def_property_readonly("num_pages", &PageAllocator::num_pages)
+      .def_property_readonly("num_free", &PageAllocator::num_free)
+      .def_property_readonly("num_published", &PageAllocator::num_published)
+      .def_property_readonly("page_size", &PageAllocator::page_size)
+      .def("check_invariants", &PageAllocator::check_invariants, "Raises RuntimeError where the books do not agree.");
+
+  py::class_<Pages>(m, "Pages", "Addresses and sizes of the pages and tables of a cache.")
+      .def(py::init([](uintptr_t pages, uintptr_t block_table, const std::string& dtype, int64_t num_layers,
+                       int64_t num_pages, int64_t page_size, int64_t num_kv_heads, int64_t head_dim,
+                       int64_t num_sequences, int64_t table_width) {
+             return Pages{pages,     block_table,  dtype,    num_layers,    num_pages,
+                          page_size, num_kv_heads, head_dim, num_sequences, table_width};
+           }),
+           py::kw_only(), arg("pages"), arg("block_table"), arg("dtype"), arg("num_layers"), arg("num_pages"),
+           arg("page_size"), arg("num_kv_heads"), arg("head_dim"), arg("num_sequences"), arg("table_width"));
+  py::class_<Place>(m, "Place", "Threads of the CPU, or a stream of CUDA.")
+      .def(py::init([](bool cuda, uintptr_t stream, int num_threads) { return Place{cuda, stream, num_threads}; }),
+           py::kw_only(), arg("cuda"), arg("stream"), arg("num_threads"));
+  m.def("append_kv", &append_kv, arg("pages"), py::kw_only(), arg("keys"), arg("values"), arg("sequence_stride"),
+        arg("token_stride"), arg("context_lens"), arg("num_valid"), arg("num_new"), arg("place"),
+        "Write new tokens behind every context, in one layer. Strides in bytes.");
+  m.def("advance_rollback", &advance_rollback, py::kw_only(), arg("context_lens"), arg("prefix_lens"),
+        arg("num_committed"), arg("num_sequences"), arg("copies"), arg("place"),
+        "Move the lengths to what a pass has committed.");
+  m.def("copy_pages", &copy_pages, arg("pages"), py::kw_only(), arg("copies"), arg("num_copies"), arg("place"),
+        "Copy pages in all layers.");
+  m.def("gather_kv", &gather_kv, arg("pages"), py::kw_only(), arg("out"), arg("context_lens"), arg("num_new"),
+        arg("span"), arg("place"), "One layer's keys and values in the order of their tokens.");
+  m.def("poison_kv", &poison_kv, arg("pages"), py::kw_only(), arg("context_lens"), arg("num_slots"), arg("place"),
+        "NaN into the slots behind every context, in all layers.");
+  m.def("window_attention", &window_attention, arg("pages"), py::kw_only(), arg("queries"), arg("strides"), arg("out"),
+        arg("context_lens"), arg("window_bias"), arg("bias_sequence_stride"), arg("num_new"), arg("num_heads"),
+        arg("scale"), arg("num_threads"), "Bottom-right causal attention over pages. Strides in elements.");
+}
+
 }  // namespace
 }  // namespace sjd
 
@@ -158,6 +370,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &sjd::isa, "The instruction set that the CPU ops run with.");
   m.def("cuda_devices", &sjd::devices,
         "(name, (major, minor), memory in bytes) of every CUDA device. Raises RuntimeError with CUDA's own message.");
+  m.def("bfloat16_isa", &sjd::bfloat16_isa, "What multiplies bfloat16 in attention on a CPU.");
+  sjd::define_paged_cache(m);
   m.def("verify_cpu", &sjd::verify, py::kw_only(), arg("logits"), arg("dtype"), arg("guided"), arg("strides"),
         arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"), arg("vocab_size"),
         arg("num_tokens"), arg("tokens"), arg("num_committed"), arg("iteration"), arg("commit_pass"), arg("law_row"),

@@ -2,14 +2,9 @@
 
 #include <algorithm>
 
+#include "clones.h"
 #include "philox.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define SJD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define SJD_HAS_CLONES 1
-#else
-#define SJD_CLONES
-#endif
+#include "widen.h"
 
 namespace sjd {
 
@@ -26,28 +21,6 @@ const char* isa() {
 namespace {
 
 // ------------------------------------------------------------------------------------------------------- combine
-
-struct Float32 {
-  using Storage = float;
-  static SJD_INLINE float widen(float x) { return x; }
-};
-
-struct BFloat16 {
-  using Storage = uint16_t;
-  static SJD_INLINE float widen(uint16_t x) { return from_bits(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
-};
-
-struct Float16 {
-  using Storage = uint16_t;
-  static SJD_INLINE float widen(uint16_t x) {
-    const int32_t magnitude = x & 0x7fff, shifted = magnitude << 13;
-    const int32_t subnormal = -static_cast<int32_t>(magnitude < 0x0400), infinite = -(magnitude >= 0x7c00);
-    const float tiny = from_bits(shifted + (113 << 23)) - from_bits(113 << 23);
-    const int32_t normal = shifted + (112 << 23) + ((112 << 23) & infinite);
-    const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
-    return from_bits(choose(subnormal, bits(tiny), normal) | static_cast<int32_t>(sign));
-  }
-};
 
 template <class T>
 SJD_INLINE int32_t combine_guided(const typename T::Storage* conditional, const typename T::Storage* unconditional,

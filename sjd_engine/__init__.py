@@ -3,6 +3,7 @@
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.engine import Engine
 from sjd_engine.errors import CheckpointError, SJDError
+from sjd_engine.kv_cache import PagedKVCache
 from sjd_engine.outputs import Generation, ImageStats, StepInfo, StreamEvent
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
@@ -15,6 +16,7 @@ __all__ = [
     "Generation",
     "ImageStats",
     "JacobiDecoder",
+    "PagedKVCache",
     "SJDError",
     "SamplingParams",
     "Schedule",

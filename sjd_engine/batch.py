@@ -1,5 +1,6 @@
 """Images that are decoded together."""
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.models import ImageModel
 from sjd_engine.outputs import ImageStats, StepInfo
 from sjd_engine.request import Request
+
+POISON = "SJD_POISON"  # environment variable: fill rejected slots of the cache with NaN, so that a stale read shows
 
 
 class Batch:
@@ -49,9 +52,10 @@ class Batch:
         for row, context in zip(self._prompt, contexts, strict=True):
             row[: len(context)] = torch.tensor(context)
         self._anchor_ids = torch.tensor([context[-1] for context in contexts]).to(model.device)
-        self._prefix_lengths_on_device = torch.tensor(self._prefix_lengths).to(model.device)
+        self._prefix_lens = torch.tensor(self._prefix_lengths, dtype=torch.int32).to(model.device)
         capacity = longest + request.schedule.num_tokens + 2 * self.decoder.window_size
-        self.kv_cache = model.transformer.new_cache(len(contexts), capacity)
+        poison = self.decoder.window_size if os.environ.get(POISON) else 0
+        self.kv_cache = model.transformer.new_cache(len(contexts), capacity, poison=poison)
         self._group_size = 1 if batch_invariant else len(indices)
         self._passes = 0
         # Tokens each image has committed, or more: the device is not asked in every pass.
@@ -76,8 +80,7 @@ class Batch:
         ids, _ = self.decoder.window()
         logits = self.forward(ids)
         result = self.decoder.verify(logits)
-        kept = result.num_committed.repeat_interleave(self._copies)
-        self.kv_cache.rollback(self._prefix_lengths_on_device + kept)
+        self.kv_cache.advance(self._prefix_lens, result.num_committed)
         self._passes += 1
         most = self.decoder.num_tokens
         self._at_most = [min(count + self.decoder.window_size, most) for count in self._at_most]
@@ -101,7 +104,7 @@ class Batch:
         slots = None
         if self._passes == 0:
             prompt = F.pad(self._prompt[rows, :prefix], (0, ids.shape[1])).to(ids.device)
-            slots = self._prefix_lengths_on_device[rows, None] + torch.arange(ids.shape[1], device=ids.device)
+            slots = self._prefix_lens[rows, None].long() + torch.arange(ids.shape[1], device=ids.device)
             window, longest = prompt.scatter(1, slots, window), 0
         hidden = self.model.transformer(window, self.kv_cache.narrow(rows, longest))
         if slots is not None:

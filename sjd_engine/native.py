@@ -1,6 +1,6 @@
 """The compiled ops, `sjd_engine._C`: the only importer of it. Without it the package works, only slower."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,14 @@ try:
     from sjd_engine import _C  # type: ignore[attr-defined, no-redef]
 except ImportError as error:
     _import_error = str(error)
+
+if TYPE_CHECKING or _C is None:
+    PageAllocator: TypeAlias = Any
+
+    class PagesExhausted(RuntimeError):  # noqa: N818
+        """Fewer pages are free than are needed; nothing has changed."""
+else:
+    PageAllocator, PagesExhausted = _C.PageAllocator, _C.PagesExhausted
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -112,6 +120,203 @@ def verify(
     if reads_previous_logits(accept, window_size):
         state.previous_logits = logits
     return VerifyResult(num_accepted, state.num_committed.clone())
+
+
+# --------------------------------------------------------------------------------------------------------- paged cache
+# The ops of kernels/paged.py, where the arguments are explained, with the same signatures.
+
+
+def has_cuda() -> bool:
+    """The compiled module moves pages on CUDA devices too."""
+    return _C is not None and _C.has_cuda
+
+
+def bfloat16_isa() -> str:
+    """What multiplies bfloat16 in attention on a CPU: "avx512_bf16" or "float32"."""
+    return _module().bfloat16_isa()
+
+
+def page_allocator(num_pages: int, page_size: int) -> PageAllocator:
+    """The books of a pool of pages: free list, references, published prompts."""
+    return _module().PageAllocator(num_pages=num_pages, page_size=page_size)
+
+
+def append_kv(
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_valid: Tensor | None = None,
+) -> None:
+    """`paged.append_kv`: one copy for each token, no slot mapping. Strides that keys and values do not share, or heads
+    that are not contiguous, cost a copy more."""
+    device = pages.device
+    expected = (len(block_table), keys.shape[1], *pages.shape[-2:])
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.dtype != pages.dtype or tensor.device != device or tensor.shape != expected:
+            raise ValueError(
+                f"append_kv: {name} must be {list(expected)} {pages.dtype} on {device}, "
+                f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    if keys.stride() != values.stride() or keys.stride()[2:] != (keys.shape[3], 1):
+        keys, values = keys.contiguous(), values.contiguous()
+    size = pages.element_size()
+    _module().append_kv(
+        _pages("append_kv", pages, block_table),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        sequence_stride=keys.stride(0) * size,
+        token_stride=keys.stride(1) * size,
+        context_lens=_checked("append_kv", "context_lens", context_lens, torch.int32, device),
+        num_valid=0 if num_valid is None else _checked("append_kv", "num_valid", num_valid, torch.int32, device),
+        num_new=keys.shape[1],
+        place=_place(device),
+    )
+
+
+def gather_kv(
+    pages: Tensor, block_table: Tensor, context_lens: Tensor, *, num_new: int, span: int
+) -> tuple[Tensor, Tensor]:
+    """`paged.gather_kv` in one pass over the pages."""
+    out = pages.new_empty(2, len(block_table), span, *pages.shape[-2:])
+    _module().gather_kv(
+        _pages("gather_kv", pages, block_table),
+        out=out.data_ptr(),
+        context_lens=_checked("gather_kv", "context_lens", context_lens, torch.int32, pages.device),
+        num_new=num_new,
+        span=span,
+        place=_place(pages.device),
+    )
+    return out[0], out[1]
+
+
+def window_attention(
+    queries: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    span: int,
+    scale: float | None = None,
+    window_bias: Tensor | None = None,
+) -> Tensor:
+    """`paged.window_attention` on a CPU, reading pages where they lie. float32 sums; each row's rounding depends on its
+    own sequence and position alone, so not on the window, the batch, the page size or the number of threads.
+
+    Args: `span` is not needed and ignored; queries of any strides over contiguous heads.
+    """
+    op, (num_seqs, num_new, num_heads, head_dim) = "window_attention", queries.shape
+    if (
+        queries.dtype != pages.dtype
+        or not queries.is_cpu
+        or head_dim != pages.shape[-1]
+        or num_seqs != len(block_table)
+    ):
+        raise ValueError(
+            f"{op}: queries must be [{len(block_table)}, N, H, {pages.shape[-1]}] {pages.dtype} on a CPU, "
+            f"got {list(queries.shape)} {queries.dtype} on {queries.device}"
+        )
+    if queries.stride(3) != 1:
+        queries = queries.contiguous()
+    bias, bias_stride = 0, 0
+    if window_bias is not None:
+        if window_bias.shape not in ((num_new, num_new), (num_seqs, num_new, num_new)):
+            raise ValueError(
+                f"{op}: window_bias must be [N, N] or [S, N, N] = {[num_seqs, num_new, num_new]}, "
+                f"got {list(window_bias.shape)}"
+            )
+        bias = _checked(op, "window_bias", window_bias, torch.float32, queries.device)
+        bias_stride = num_new * num_new if window_bias.ndim == 3 else 0
+    out = torch.empty(queries.shape, dtype=queries.dtype)
+    _module().window_attention(
+        _pages(op, pages, block_table),
+        queries=queries.data_ptr(),
+        strides=queries.stride()[:3],
+        out=out.data_ptr(),
+        context_lens=_checked(op, "context_lens", context_lens, torch.int32, queries.device),
+        window_bias=bias,
+        bias_sequence_stride=bias_stride,
+        num_new=num_new,
+        num_heads=num_heads,
+        scale=head_dim**-0.5 if scale is None else scale,
+        num_threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def advance_rollback(context_lens: Tensor, prefix_lens: Tensor, num_committed: Tensor) -> None:
+    """`paged.advance_rollback`; the host learns nothing and waits for nothing."""
+    op, device = "advance_rollback", context_lens.device
+    _module().advance_rollback(
+        context_lens=_checked(op, "context_lens", context_lens, torch.int32, device),
+        prefix_lens=_checked(op, "prefix_lens", prefix_lens, torch.int32, device),
+        num_committed=_checked(op, "num_committed", num_committed, torch.int64, device),
+        num_sequences=len(context_lens),
+        copies=len(context_lens) // len(num_committed),
+        place=_place(device),
+    )
+
+
+def copy_pages(pages: Tensor, copies: Tensor) -> None:
+    """`paged.copy_pages`."""
+    _module().copy_pages(
+        _pages("copy_pages", pages, None),
+        copies=_checked("copy_pages", "copies", copies, torch.int32, pages.device),
+        num_copies=len(copies),
+        place=_place(pages.device),
+    )
+
+
+def poison_kv(pages: Tensor, block_table: Tensor, context_lens: Tensor, *, num_slots: int) -> None:
+    """`paged.poison_kv`."""
+    _module().poison_kv(
+        _pages("poison_kv", pages, block_table),
+        context_lens=_checked("poison_kv", "context_lens", context_lens, torch.int32, pages.device),
+        num_slots=num_slots,
+        place=_place(pages.device),
+    )
+
+
+def _pages(op: str, pages: Tensor, block_table: Tensor | None) -> Any:
+    """Pages of one layer or of all, and the tables: addresses and sizes."""
+    if pages.dtype not in DTYPES or not pages.is_contiguous() or pages.ndim not in (5, 6):
+        raise ValueError(
+            f"{op}: pages must be contiguous [P, 2, page_size, KH, D] or [L, P, 2, page_size, KH, D] of float32, "
+            f"float16 or bfloat16, got {list(pages.shape)} {pages.dtype} with strides {pages.stride()}"
+        )
+    table = 0 if block_table is None else _checked(op, "block_table", block_table, torch.int32, pages.device)
+    return _module().Pages(
+        pages=pages.data_ptr(),
+        block_table=table,
+        dtype=DTYPES[pages.dtype],
+        num_layers=len(pages) if pages.ndim == 6 else 1,
+        num_pages=pages.shape[-5],
+        page_size=pages.shape[-3],
+        num_kv_heads=pages.shape[-2],
+        head_dim=pages.shape[-1],
+        num_sequences=1 if block_table is None else len(block_table),
+        table_width=1 if block_table is None else block_table.shape[1],
+    )
+
+
+def _place(device: torch.device) -> Any:
+    """The current stream of a CUDA device, else the threads of torch."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _module().Place(cuda=device.type == "cuda", stream=stream, num_threads=torch.get_num_threads())
+
+
+def _checked(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> int:
+    """Where `tensor` lies."""
+    if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous {dtype} on {device}, "
+            f"got {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
 
 
 def _module() -> Any:

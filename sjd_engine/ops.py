@@ -13,17 +13,18 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sjd_engine import kernels, native
-from sjd_engine.kernels import reference
+from sjd_engine.kernels import paged, reference
 from sjd_engine.kernels.reference import start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 
-__all__ = ["Backend", "Grid", "VerifyResult", "WindowState", "backend", "start", "verify", "warp"]
+__all__ = ["Backend", "Grid", "VerifyResult", "WindowState", "backend", "kv_ops", "start", "verify", "warp"]
 
 BACKENDS = ("triton", "cpu", "reference")
 OVERRIDE = "SJD_BACKEND"
@@ -89,6 +90,13 @@ def verify(logits: Tensor, state: WindowState, grid: Grid, **arguments: Any) -> 
     if torch.compiler.is_compiling():
         return _verify_traced(logits, state, grid, **arguments)
     return backend(logits.device).verify(logits, state, grid, **arguments)
+
+
+def kv_ops(device: torch.device) -> ModuleType:
+    """The ops of the paged cache on `device`: the compiled module's on a CPU, else `kernels.paged`. Same signatures."""
+    wanted = os.environ.get(OVERRIDE, "")
+    compiled = device.type == "cpu" and native.available() and wanted in ("", "cpu")
+    return native if compiled else paged
 
 
 # ---------------------------------------------------------------------------------------------------- torch.ops.sjd

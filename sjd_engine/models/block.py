@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sjd_engine.kv_cache import KVCache
+from sjd_engine.kv_cache import PAGE_SIZE, PagedKVCache
 from sjd_engine.models.rope import rope_table, rotate
 
 QK_NORM_EPS = 1e-5  # Chameleon's LayerNorm over the head dimension has it hard-coded
@@ -55,15 +55,13 @@ class BlockConfig:
 class Pass:
     """What every layer of one forward pass shares.
 
-    slot_mapping: [S * N] int64. cos, sin: [S, N, 1, D]. mask: [S, 1, G * N, span], additive, G query heads a kv head.
+    span: tokens the longest sequence may hold after it. cos, sin: [S, N, 1, D].
     """
 
-    kv_cache: KVCache
-    slot_mapping: Tensor
+    kv_cache: PagedKVCache
     span: int
     cos: Tensor
     sin: Tensor
-    mask: Tensor
 
 
 class Block(nn.Module):
@@ -101,19 +99,13 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         config = self.config
-        num_seqs, num_new = x.shape[:2]
-        qkv = F.linear(x, self.wqkv, self.bqkv)
-        qk = qkv[..., : config.q_size + config.kv_size].unflatten(-1, (-1, config.head_dim))
+        qkv = F.linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.head_dim))
+        qk, values = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), 2)
         rotated = rotate(self._normalise_heads(qk) if config.qk_norm else qk, run.cos, run.sin)
-        qk[:, :, config.num_heads :] = rotated[:, :, config.num_heads :]
-        run.kv_cache.append(self.layer, qkv[..., config.q_size :].flatten(0, 1), run.slot_mapping)
-        keys, values = run.kv_cache.read(self.layer, run.span)
-        # The query heads of a kv head stand as extra rows of it: no copy of keys or values for grouped queries.
-        queries = rotated[:, :, : config.num_heads].transpose(1, 2)
-        queries = queries.reshape(num_seqs, config.num_kv_heads, -1, config.head_dim)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=run.mask)
-        out = out.view(num_seqs, config.num_heads, num_new, config.head_dim).transpose(1, 2)
-        return F.linear(out.reshape(num_seqs, num_new, -1), self.wo)
+        queries, keys = rotated.split((config.num_heads, config.num_kv_heads), 2)
+        run.kv_cache.append(self.layer, keys, values)
+        out = run.kv_cache.attend(self.layer, queries, run.span)
+        return F.linear(out.flatten(2), self.wo)
 
     def _normalise_heads(self, qk: Tensor) -> Tensor:
         weight, bias = self.qk_norm
@@ -155,20 +147,25 @@ class Transformer(nn.Module):
             tensor.data = tensor.data.to(tensor.dtype if name == "head" else dtype, copy=True)
         return self
 
-    def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
+    def new_cache(
+        self, num_sequences: int, capacity: int, *, page_size: int = PAGE_SIZE, poison: int = 0
+    ) -> PagedKVCache:
+        """A cache whose sequences have pages of their own; see `PagedKVCache` for the arguments."""
         config = self.config
-        return KVCache(
+        return PagedKVCache(
             config.num_layers,
-            num_sequences,
-            capacity,
             config.num_kv_heads,
             config.head_dim,
-            self.dtype,
-            self.embedding.device,
+            num_sequences=num_sequences,
+            capacity=capacity,
+            page_size=page_size,
+            dtype=self.dtype,
+            device=self.embedding.device,
+            poison=poison,
         )
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, kv_cache: PagedKVCache) -> Tensor:
         """One causal pass: append the tokens of every sequence to the cache and return their hidden states.
 
         Args:
@@ -183,17 +180,7 @@ class Transformer(nn.Module):
         if span > config.max_positions + num_new:
             raise ValueError(f"position {span - 1} is past the model's {config.max_positions} positions")
         table_rows = positions.clamp_max(config.max_positions - 1)  # only slots past the image's end are clamped
-        keys = torch.arange(span, device=ids.device)
-        mask = torch.zeros(*positions.shape, span, dtype=self.dtype, device=ids.device)
-        mask = mask.masked_fill_(keys > positions[..., None], float("-inf"))[:, None]
-        run = Pass(
-            kv_cache,
-            kv_cache.slot_mapping(positions),
-            span,
-            self.cos[table_rows][:, :, None],
-            self.sin[table_rows][:, :, None],
-            mask.repeat(1, 1, config.num_heads // config.num_kv_heads, 1),
-        )
+        run = Pass(kv_cache, span, self.cos[table_rows][:, :, None], self.sin[table_rows][:, :, None])
         x = F.embedding(ids, self.embedding)
         for block in self.blocks:
             x = block(x, run)

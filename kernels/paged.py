@@ -1,0 +1,117 @@
+"""The paged key/value cache in plain PyTorch: the definition of correct, and what runs where nothing faster does.
+
+pages         [P, 2, page_size, KH, D] of one layer, keys and values of a page; [L, P, ...] of all layers
+block_table   [S, width] int32: page of token t of sequence s in column t // page_size, -1 where there is none
+context_lens  [S] int32: valid tokens of a sequence, those of the pass under way not among them
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def slots(pages: Tensor, block_table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(page, slot in it, whether there is a page) of the tokens at positions [S, N]; page 0 where there is none."""
+    page_size = pages.shape[-3]
+    column = positions // page_size
+    found = block_table.long().gather(1, column.clamp_max(block_table.shape[1] - 1))
+    exists = (column < block_table.shape[1]) & (found >= 0)
+    return found.clamp_min(0), positions % page_size, exists
+
+
+def append_kv(
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_valid: Tensor | None = None,
+) -> None:
+    """Write keys and values [S, N, KH, D] behind every context. Tokens without a page are skipped.
+
+    Args:
+        num_valid: [S] int32, how many of the N tokens exist; None for all.
+    """
+    new = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
+    page, slot, written = slots(pages, block_table, context_lens.long()[:, None] + new)
+    if num_valid is not None:
+        written = written & (new < num_valid[:, None])
+    pages[page[written], :, slot[written]] = torch.stack((keys, values), 2)[written].to(pages.dtype)
+
+
+def gather_kv(
+    pages: Tensor, block_table: Tensor, context_lens: Tensor, *, num_new: int, span: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, span, KH, D] in the order of their tokens, zeros from context_lens + num_new on."""
+    positions = torch.arange(span, device=pages.device).expand(len(block_table), -1)
+    page, slot, exists = slots(pages, block_table, positions)
+    valid = exists & (positions < context_lens[:, None] + num_new)
+    rows = pages[page, :, slot].masked_fill(~valid[..., None, None, None], 0)
+    keys, values = rows.unbind(2)
+    return keys, values
+
+
+def window_attention(
+    queries: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    span: int,
+    scale: float | None = None,
+    window_bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * queries . keys) values over a context and the window behind it, bottom-right causal: token i of
+    the window sees the whole context and window tokens 0..i.
+
+    Args:
+        queries: [S, N, H, D]; query head h reads kv head h // (H / KH).
+        span: context_lens + N of the longest sequence, or more.
+        scale: None for D ** -0.5.
+        window_bias: [N, N] or [S, N, N] float32, added to the scores of (window token, window token) in place of the
+            causal rule; -inf hides a token. For trees of drafts.
+    Returns: [S, N, H, D], contiguous.
+    """
+    num_new, num_heads = queries.shape[1:3]
+    keys, values = gather_kv(pages, block_table, context_lens, num_new=num_new, span=span)
+    new = torch.arange(span, device=queries.device) - context_lens.long()[:, None]  # [S, span]: index in the window
+    if window_bias is None:
+        hidden = new[:, None] > torch.arange(num_new, device=queries.device)[:, None]
+        mask = torch.zeros(hidden.shape, dtype=queries.dtype, device=queries.device)
+        mask.masked_fill_(hidden, float("-inf"))
+    else:
+        bias = window_bias.expand(len(queries), -1, -1)
+        column = new.clamp(0, num_new - 1)[:, None].expand(-1, num_new, -1)
+        mask = torch.where(new[:, None] < 0, 0.0, bias.gather(2, column))
+        mask = mask.masked_fill(new[:, None] >= num_new, float("-inf")).to(queries.dtype)
+    # The query heads of a kv head stand as extra rows of it: no copy of keys or values for grouped queries.
+    group = num_heads // keys.shape[2]
+    rows = queries.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(
+        rows, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None].repeat(1, 1, group, 1), scale=scale
+    )
+    return out.unflatten(2, (group, num_new)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
+
+
+def advance_rollback(context_lens: Tensor, prefix_lens: Tensor, num_committed: Tensor) -> None:
+    """context_lens[s] = prefix_lens[s] + num_committed[s / copies], copies = S / B: everything before the anchor, whose
+    own keys and values the next pass writes. In place.
+
+    With a prompt of 5 tokens, prefix_lens is 4: the anchor is the prompt's last token. Once 3 tokens are committed, the
+    third is the anchor and 4 + 3 = 7 tokens stand before it: 5 of the prompt, 2 of the image.
+    """
+    copies = len(context_lens) // len(num_committed)
+    context_lens.copy_(prefix_lens + num_committed.repeat_interleave(copies))
+
+
+def copy_pages(pages: Tensor, copies: Tensor) -> None:
+    """Copy whole pages in all layers: copies [N, 2] int32, (from, to)."""
+    source, target = copies.long().unbind(1)
+    pages[:, target] = pages[:, source]
+
+
+def poison_kv(pages: Tensor, block_table: Tensor, context_lens: Tensor, *, num_slots: int) -> None:
+    """NaN into `num_slots` slots behind every context, in all layers. Slots without a page are skipped."""
+    positions = context_lens.long()[:, None] + torch.arange(num_slots, device=pages.device)
+    page, slot, exists = slots(pages, block_table, positions)
+    pages[:, page[exists], :, slot[exists]] = float("nan")

@@ -1,0 +1,277 @@
+"""The ops of the paged cache against plain PyTorch, bit for bit, and its attention against SDPA over a dense copy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sjd_engine import PagedKVCache, native
+from sjd_engine.kernels import paged
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PAGE_SIZES = (1, 16, 64, 256)
+LAYERS, SEQS, KV_HEADS = 2, 3, 2
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+@pytest.fixture(params=PAGE_SIZES, ids=lambda size: f"page{size}")
+def page_size(request) -> int:
+    return request.param
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tables(page_size: int, capacity: int, seed: int = 0) -> Tensor:
+    width = -(-capacity // page_size)
+    return torch.randperm(SEQS * width, generator=torch.Generator().manual_seed(seed)).int().view(SEQS, width)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+class TestOps:
+    """Head dim 24 moves 16 bytes at a time, 5 only 2."""
+
+    @pytest.mark.parametrize("head_dim", [24, 5])
+    def test_append(self, dtype, page_size, head_dim):
+        table = tables(page_size, 300)
+        table[0, -1] = -1
+        lens = torch.tensor([296, 0, 130], dtype=torch.int32)
+        pages = random(table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
+        qkv = random(SEQS, 9, 5 * KV_HEADS, head_dim, dtype=dtype, seed=1)  # keys and values lie between others
+        keys, values = qkv[:, :, KV_HEADS : 2 * KV_HEADS], qkv[:, :, 2 * KV_HEADS : 3 * KV_HEADS]
+        for num_valid in (None, torch.tensor([9, 4, 0], dtype=torch.int32)):
+            results = [pages.clone(), pages.clone()]
+            for op, into in zip((native, paged), results, strict=True):
+                op.append_kv(into, table, lens, keys, values, num_valid)
+            assert same(*results)
+            assert not same(results[0], pages)
+
+    @pytest.mark.parametrize("head_dim", [24, 5])
+    def test_gather_copy_and_poison(self, dtype, page_size, head_dim):
+        table = tables(page_size, 200)
+        lens = torch.tensor([0, 64, 193], dtype=torch.int32)
+        pages = random(LAYERS, table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
+        got, expected = (
+            op.gather_kv(pages[1], table, lens, num_new=3, span=250)  # past every table
+            for op in (native, paged)
+        )
+        assert same(got[0], expected[0])
+        assert same(got[1], expected[1])
+        mine, theirs = pages.clone(), pages.clone()
+        copies = torch.tensor([[0, 2], [1, table.numel() - 1]], dtype=torch.int32)
+        for op, into in ((native, mine), (paged, theirs)):
+            op.copy_pages(into, copies)
+        assert same(mine, theirs)
+        for op, into in ((native, mine), (paged, theirs)):
+            op.poison_kv(into, table, lens, num_slots=20)
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+
+    def test_advance_rollback(self):
+        lens = torch.zeros(2, 6, dtype=torch.int32)
+        prefix = torch.arange(6, dtype=torch.int32)
+        for op, row in zip((native, paged), lens, strict=True):
+            op.advance_rollback(row, prefix, torch.tensor([10, 20, 30]))
+        assert lens.tolist() == [[10, 11, 22, 23, 34, 35]] * 2
+
+    def test_errors_name_op_and_argument(self):
+        pages, table, lens = torch.zeros(2, 2, 4, 1, 8), torch.zeros(1, 2).int(), torch.zeros(1).int()
+        keys = torch.zeros(1, 3, 1, 8)
+        with pytest.raises(ValueError, match=r"append_kv: keys must be \[1, 3, 1, 8\] torch.float32 on cpu"):
+            native.append_kv(pages, table, lens, keys.half(), keys)
+        with pytest.raises(ValueError, match=r"append_kv: context_lens must be contiguous torch\.int32"):
+            native.append_kv(pages, table, lens.long(), keys, keys)
+        with pytest.raises(ValueError, match="pages must be contiguous"):
+            native.append_kv(pages.double(), table, lens, keys.double(), keys.double())
+        queries = torch.zeros(1, 3, 3, 8)
+        with pytest.raises(ValueError, match="window_attention: num_heads must be a multiple of num_kv_heads = 2"):
+            native.window_attention(queries, torch.zeros(2, 2, 4, 2, 8), table, lens, span=3)
+
+
+def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, context: int) -> Tensor:
+    """SDPA of one sequence: queries [N, H, D] behind `context` tokens; keys and values [context + N, KH, D]."""
+    num_new, span = len(queries), len(keys)
+    seen = torch.arange(span) <= context + torch.arange(num_new)[:, None]
+    q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
+
+
+class TestAttention:
+    LENS = (0, 63, 190)
+
+    def case(self, dtype, page_size, head_dim, group, num_new=7):
+        table = tables(page_size, 200 + num_new)
+        pages = random(table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
+        queries = random(SEQS, num_new, 2 + KV_HEADS * group, head_dim, dtype=dtype, seed=1)[:, :, 2:]
+        return queries, pages, table, torch.tensor(self.LENS, dtype=torch.int32)
+
+    @pytest.mark.parametrize("group", [1, 3], ids=["MHA", "GQA"])
+    @pytest.mark.parametrize("head_dim", [16, 24, 64, 128])
+    def test_equals_sdpa(self, dtype, page_size, head_dim, group):
+        queries, pages, table, lens = self.case(dtype, page_size, head_dim, group)
+        got = native.window_attention(queries, pages, table, lens, span=200)
+        keys, values = paged.gather_kv(pages, table, lens, num_new=7, span=200)
+        for s, context in enumerate(self.LENS):
+            dense = [x[s, : context + 7] for x in (keys, values)]
+            exact = dense_attention(queries[s].double(), *(x.double() for x in dense), context)
+            theirs = (dense_attention(queries[s], *dense, context) - exact).abs().max()
+            assert (got[s] - exact).abs().max() <= max(2 * theirs, 1e-5)
+
+    def test_the_reference_equals_sdpa(self, page_size):
+        queries, pages, table, lens = self.case(torch.float32, page_size, 16, 2)
+        got = paged.window_attention(queries, pages, table, lens, span=200)
+        keys, values = paged.gather_kv(pages, table, lens, num_new=7, span=200)
+        for s, context in enumerate(self.LENS):
+            expected = dense_attention(queries[s], keys[s, : context + 7], values[s, : context + 7], context)
+            assert (got[s] - expected).abs().max() <= 1e-5
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_a_bias_takes_the_place_of_the_causal_rule(self, dtype, shared):
+        queries, pages, table, lens = self.case(dtype, 16, 64, 2)
+        bias = random(SEQS, 7, 7).masked_fill_(random(SEQS, 7, 7, seed=3) > 0, float("-inf"))
+        bias.diagonal(dim1=1, dim2=2).zero_()
+        bias = bias[0].clone() if shared else bias
+        args = (table, lens)
+        exact = paged.window_attention(queries.float(), pages.float(), *args, span=197, window_bias=bias)
+        theirs = paged.window_attention(queries, pages, *args, span=197, window_bias=bias)
+        got = native.window_attention(queries, pages, *args, span=197, window_bias=bias)
+        assert (got - exact).abs().max() <= max(2 * (theirs - exact).abs().max(), 1e-5)
+
+    def test_a_row_is_the_same_in_any_window_batch_and_page_size(self, dtype):
+        queries, pages, table, lens = self.case(dtype, 16, 64, 2, num_new=40)
+        whole = native.window_attention(queries, pages, table, lens, span=230)
+        assert same(native.window_attention(queries[:, :5], pages, table, lens, span=230), whole[:, :5])
+        later = native.window_attention(queries[:, 30:], pages, table, lens + 30, span=230)
+        assert same(later, whole[:, 30:])
+        alone = native.window_attention(queries[1:2], pages, table[1:2], lens[1:2], span=230)
+        assert same(alone, whole[1:2])
+        flat = pages.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # pages of one token
+        fine = (table[..., None] * 16 + torch.arange(16)).flatten(1).int()
+        assert same(native.window_attention(queries, flat.contiguous(), fine, lens, span=230), whole)
+
+    def test_what_lies_behind_the_window_is_not_read(self, dtype):
+        queries, pages, table, lens = self.case(dtype, 16, 64, 2)
+        expected = native.window_attention(queries, pages, table, lens, span=200)
+        native.poison_kv(pages[None], table, lens + 7, num_slots=64)
+        assert same(native.window_attention(queries, pages, table, lens, span=200), expected)
+
+    @pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+    def test_nan_is_shown(self, dtype, nan):
+        queries, pages, table, lens = self.case(dtype, 16, 64, 2)
+        queries[1, 2] = nan
+        got = native.window_attention(queries, pages, table, lens, span=200)
+        assert got[1, 2].isnan().all()
+        assert not got[[0, 2]].isnan().any()
+        native.poison_kv(pages[None], table, lens - 9, num_slots=1)  # inside the context of the last two
+        assert native.window_attention(queries, pages, table, lens, span=200)[1:].isnan().all()
+
+
+@pytest.mark.parametrize("group", [1, 2], ids=["MHA", "GQA"])
+def test_chunks_with_rejections_equal_one_full_pass(page_size, group):
+    """Random chunks, random rejections, poison behind every length: each token as in dense attention."""
+    generator = torch.Generator().manual_seed(page_size)
+    total, head_dim, heads = 90, 16, KV_HEADS * group
+    cache = PagedKVCache(
+        1,
+        KV_HEADS,
+        head_dim,
+        num_sequences=SEQS,
+        capacity=total + 20,
+        page_size=page_size,
+        dtype=torch.float32,
+        poison=20,
+    )
+    queries = random(SEQS, total, heads, head_dim, seed=1)
+    keys, values = random(2, SEQS, total, KV_HEADS, head_dim, seed=2)
+    lengths, got = torch.zeros(SEQS, dtype=torch.int64), torch.zeros_like(queries)
+    while (lengths < total).any():
+        width = int(torch.randint(1, 20, (), generator=generator))
+        kept = torch.randint(0, width + 1, (SEQS,), generator=generator).minimum(total - lengths)
+        rows = [slice(int(n), int(n + k)) for n, k in zip(lengths, kept, strict=True)]
+        window = [random(SEQS, width, n, head_dim, seed=4) for n in (heads, KV_HEADS, KV_HEADS)]  # garbage past `kept`
+        for s, (row, k) in enumerate(zip(rows, kept, strict=True)):
+            for into, source in zip(window, (queries, keys, values), strict=True):
+                into[s, :k] = source[s, row]
+        _, span = cache.positions(width)
+        cache.append(0, *window[1:])
+        out = cache.attend(0, window[0], span)
+        for s, (row, k) in enumerate(zip(rows, kept, strict=True)):
+            got[s, row] = out[s, :k]
+        lengths = lengths + kept
+        cache.rollback(lengths)
+    for s in range(SEQS):
+        assert (got[s] - dense_attention(queries[s], keys[s], values[s], 0)).abs().max() <= 1e-5
+
+
+class TestSequences:
+    def cache(self, num_pages=8) -> PagedKVCache:
+        return PagedKVCache(
+            LAYERS, 1, 8, num_sequences=3, capacity=16, num_pages=num_pages, page_size=4, dtype=torch.float32
+        )
+
+    def write(self, cache: PagedKVCache, row: int, num_new: int, seed: int) -> Tensor:
+        part, values = cache.narrow(slice(row, row + 1)), random(1, num_new, 1, 8, seed=seed)
+        for layer in range(LAYERS):
+            part.append(layer, values + layer, -values)
+        cache.context_lens[row] += num_new
+        return values
+
+    def test_a_fork_shares_full_pages_and_copies_the_rest(self):
+        cache = self.cache()
+        cache.admit(0, 12)
+        self.write(cache, 0, 6, seed=1)
+        cache.fork(0, 1, num_tokens=6)
+        assert cache.block_table[0, 0] == cache.block_table[1, 0]
+        assert cache.block_table[0, 1] != cache.block_table[1, 1]
+        before = cache.gather(1, 6)[0][0].clone()
+        self.write(cache, 1, 3, seed=2)
+        self.write(cache, 0, 3, seed=3)
+        for row in (0, 1):
+            assert torch.equal(cache.gather(1, 6)[0][row], before)
+        assert not torch.equal(*cache.gather(1, 9)[0][:2])
+        cache.own(1, 2)  # roll back into the shared page: now it may be written
+        cache.context_lens[1] = 2
+        self.write(cache, 1, 4, seed=4)
+        assert torch.equal(cache.gather(1, 6)[0][0], before)
+        assert torch.equal(cache.gather(1, 2)[0][1], before[:2])
+        cache.check_invariants()
+
+    def test_prompts_are_shared_and_pages_come_back(self):
+        cache = self.cache()
+        prompt = [5, 6, 7, 8, 9]
+        assert cache.admit(0, 16, prompt) == 0
+        self.write(cache, 0, 5, seed=1)
+        cache.publish(0, 5)
+        assert cache.pages_needed(16, prompt) == 3
+        assert cache.admit(1, 16, prompt) == 4
+        assert cache.num_free_pages == 1
+        with pytest.raises(native.PagesExhausted, match="admit: needs 3 free pages, but 1 of 8 are free"):
+            cache.admit(2, 16, prompt)
+        cache.release(0)
+        cache.release(1)
+        assert cache.num_free_pages == 8
+        assert (cache.block_table == -1).all()
+
+    def test_bad_rows(self):
+        cache = self.cache()
+        with pytest.raises(ValueError, match="release: row must be taken, got 0"):
+            cache.release(0)
+        cache.admit(0, 4)
+        with pytest.raises(ValueError, match="admit: row must be free, got 0"):
+            cache.admit(0, 4)
+        with pytest.raises(ValueError, match="capacity must be at most the cache's 16, got 17"):
+            cache.admit(1, 17)
+        whole = PagedKVCache(1, 1, 8, num_sequences=1, capacity=4, dtype=torch.float32)
+        with pytest.raises(RuntimeError, match="make it with num_pages"):
+            whole.admit(0, 4)
