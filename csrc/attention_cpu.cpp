@@ -24,7 +24,7 @@ constexpr float kNegativeInfinity = -INFINITY;
 
 // Fewer products than this are summed on the caller's thread: torch's own threads still spin after its last op, and a
 // second one of ours would share a core with them.
-constexpr int64_t kProductsForThreads = 1 << 25;
+constexpr int64_t kProductsForThreads = 3 << 22;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
