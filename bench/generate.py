@@ -197,8 +197,8 @@ class TransformersGenerate:
             out[:, first : first + model.num_codes] = scores[:, first : first + model.num_codes]
             return out
 
-        ids = torch.tensor([contexts.conditional])
-        negative = torch.tensor([contexts.unconditional])
+        ids = torch.tensor([contexts.conditional.ids])
+        negative = torch.tensor([contexts.unconditional.ids])
         scale = model.defaults.params.guidance_scale
         return self._generate(
             ids,
@@ -226,7 +226,7 @@ class TransformersGenerate:
         width = len(contexts.conditional)
         ids, mask = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.int64)
         for row, context in enumerate((contexts.conditional, contexts.unconditional)):
-            ids[row, width - len(context) :], mask[row, width - len(context) :] = torch.tensor(context), 1
+            ids[row, width - len(context) :], mask[row, width - len(context) :] = torch.tensor(context.ids), 1
         return self._generate(ids, mask, seed, [draw_for_both], sample=False)
 
     def choose_fastest(self, prompt: str) -> tuple[str, dict[str, float]]:

@@ -24,12 +24,12 @@ class PagedKVCache:
         page_size: tokens of a page, >= 1.
         poison: slots behind every length that `rollback` and `advance` fill with NaN, so that a stale read shows; 0 for
             none. At least the window size finds every read of a rejected token.
-    Raises: RuntimeError where `num_pages` is given and the compiled module is missing.
 
     Attributes:
         pages: [L, num_pages, 2, page_size, KH, D], keys and values of a page.
         block_table: [S, pages of the capacity] int32 page numbers; -1 where there is none.
         context_lens: [S] int32 valid tokens.
+        first_positions: [S] int64, the position of each sequence's first token.
     """
 
     def __init__(
@@ -51,10 +51,8 @@ class PagedKVCache:
                 raise ValueError(f"PagedKVCache: {name} must be >= 1, got {value}")
         self.capacity, self.page_size, self.poison = capacity, page_size, poison
         self.longest: int | None = None
-        width = -(-capacity // page_size)
-        self._allocator = None if num_pages is None else native.page_allocator(num_pages, page_size)
-        self._sequences: list[int | None] = [None] * num_sequences
-        count = num_sequences * width if num_pages is None else num_pages
+        self._allocator = None if num_pages is None else new_allocator(num_pages, page_size)
+        count = num_sequences * -(-capacity // page_size) if num_pages is None else num_pages
         # Not zeroed: no slot is read before it is written.
         self.pages = torch.empty(
             num_layers, count, 2, page_size, num_kv_heads, head_dim, dtype=dtype, device=torch.device(device)
@@ -62,28 +60,44 @@ class PagedKVCache:
         if poison:
             self.pages.fill_(float("nan"))
         self._layers = self.pages.unbind()
-        self.context_lens = torch.zeros(num_sequences, dtype=torch.int32, device=device)
-        self.block_table = torch.full((num_sequences, width), -1, dtype=torch.int32, device=device)
+        self._ops = ops.kv_ops(self.pages.device)
+        self._new_tables(num_sequences)
         if num_pages is None:
             self.block_table.flatten().copy_(torch.arange(count, dtype=torch.int32))
-        self._ops = ops.kv_ops(self.pages.device)
+
+    def _new_tables(self, num_sequences: int) -> None:
+        device, width = self.pages.device, -(-self.capacity // self.page_size)
+        self._sequences: list[int | None] = [None] * num_sequences
+        self.context_lens = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+        self.first_positions = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+        self.block_table = torch.full((num_sequences, width), -1, dtype=torch.int32, device=device)
+
+    def sibling(self, num_sequences: int) -> "PagedKVCache":
+        """Other sequences on the same pages, without any yet."""
+        self._pool()
+        other = object.__new__(PagedKVCache)
+        other.__dict__.update(self.__dict__)
+        other._new_tables(num_sequences)
+        return other
 
     # ------------------------------------------------------------------------------------------------------ a pass
 
-    def narrow(self, rows: slice, longest: int | None = None) -> "PagedKVCache":
-        """The sequences `rows` as a cache of their own, on the same storage.
+    def select(self, rows: slice | Tensor, longest: int | None = None) -> "PagedKVCache":
+        """The sequences `rows` as a cache of their own, on the same pages.
 
         Args:
+            rows: a slice, or int64 indices: their lengths are then copies, which `advance` and `rollback` must not move.
             longest: an upper bound of their lengths, where the host knows one; None asks the device.
         """
         part = object.__new__(PagedKVCache)
         part.__dict__.update(self.__dict__)
         part.longest = longest
-        part.context_lens, part.block_table = self.context_lens[rows], self.block_table[rows]
+        part.context_lens, part.first_positions = self.context_lens[rows], self.first_positions[rows]
+        part.block_table = self.block_table[rows]
         return part
 
     def positions(self, num_new: int) -> tuple[Tensor, int]:
-        """Where the next tokens of each sequence go, [S, num_new] int64, and the tokens the longest may then hold.
+        """Positions of the next tokens of each sequence, [S, num_new] int64, and the tokens the longest may then hold.
 
         Raises: ValueError past the capacity.
         """
@@ -92,7 +106,8 @@ class PagedKVCache:
             longest = int(self.context_lens.amax())  # sync: the span of the attention
         if longest + num_new > self.capacity:
             raise ValueError(f"PagedKVCache: {longest} + {num_new} tokens exceed the capacity of {self.capacity}")
-        return self.context_lens.long()[:, None] + torch.arange(num_new, device=self.pages.device), longest + num_new
+        first = self.first_positions + self.context_lens
+        return first[:, None] + torch.arange(num_new, device=self.pages.device), longest + num_new
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [S, N, KH, D] behind every context. The lengths move once the pass is verified."""
@@ -139,53 +154,62 @@ class PagedKVCache:
 
     # --------------------------------------------------------------------------------------- sequences come and go
 
-    def pages_needed(self, capacity: int, prompt_ids: Sequence[int] = ()) -> int:
-        """Free pages that `admit` would take; it can while `num_free_pages` are as many."""
-        return self._pool().pages_needed(prompt=list(prompt_ids), capacity=capacity)
-
     @property
     def num_free_pages(self) -> int:
         return self._pool().num_free
 
-    def admit(self, row: int, capacity: int, prompt_ids: Sequence[int] = ()) -> int:
+    @property
+    def num_pages(self) -> int:
+        return self.pages.shape[1]
+
+    def pages_of(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def admit(self, row: int, capacity: int, prompt_ids: Sequence[int] = (), first_position: int = 0) -> int:
         """Reserve the pages of a new sequence, and let it be `row`.
 
         Args:
             capacity: tokens it may hold, up to that of the cache.
             prompt_ids: its first tokens. Full pages of them that another sequence has published are shared.
+            first_position: position of its first token.
         Returns: prompt tokens whose keys and values are there already, which is its length.
         Raises: PagesExhausted (a RuntimeError) where too few pages are free; nothing has changed then.
         """
         self._check_row("admit", row, taken=False)
-        if capacity > self.capacity:
-            raise ValueError(f"admit: capacity must be at most the cache's {self.capacity}, got {capacity}")
+        self._check_capacity("admit", capacity)
         sequence, num_cached = self._pool().admit(prompt=list(prompt_ids), capacity=capacity)
-        self._seat(row, sequence)
-        self.context_lens[row] = num_cached
+        self._seat(row, sequence, num_cached, first_position)
         return num_cached
 
     def publish(self, row: int, num_tokens: int) -> None:
         """The first `num_tokens` tokens of the prompt are written: sequences admitted later share their full pages."""
         self._pool().publish(self._check_row("publish", row), num_tokens=num_tokens)
 
-    def fork(self, row: int, into: int, num_tokens: int) -> None:
+    def fork(
+        self, row: int, into: int, num_tokens: int, capacity: int, *, parent: "PagedKVCache | None" = None
+    ) -> None:
         """Make row `into` a twin of `row` with its first `num_tokens` tokens. Full pages are shared, the page that both
         write next is copied.
 
-        Raises: PagesExhausted.
+        Args:
+            capacity: tokens the twin may hold.
+            parent: the sibling that holds `row`; None for this cache.
+        Raises: PagesExhausted; nothing has changed then.
         """
-        parent = self._check_row("fork", row)
+        parent = self if parent is None else parent
+        original = parent._check_row("fork", row)
         self._check_row("fork", into, taken=False)
-        child, copies = self._pool().fork(parent, num_tokens=num_tokens)
+        self._check_capacity("fork", capacity)
+        child, copies = self._pool().fork(original, num_tokens=num_tokens, capacity=capacity)
         self._copy(copies)
-        self._seat(into, child)
-        self.context_lens[into] = num_tokens
+        self._seat(into, child, num_tokens, parent.first_positions[row])
 
     def own(self, row: int, first: int) -> None:
         """Copy on write: let `row` write from token `first` on, where it may share pages. Raises: PagesExhausted."""
         sequence = self._check_row("own", row)
         self._copy(self._pool().own(sequence, first=first))
-        self._seat(row, sequence)
+        self._write_table(row, sequence)
 
     def release(self, row: int) -> None:
         """Give the pages of `row` back; it can be admitted to again."""
@@ -198,12 +222,16 @@ class PagedKVCache:
         """Raises: RuntimeError where references, free pages and tables do not agree."""
         self._pool().check_invariants()
 
-    def _pool(self) -> native.PageAllocator:
+    def _pool(self) -> "native.PageAllocator | UnsharedPages":
         if self._allocator is None:
             raise RuntimeError(
                 "PagedKVCache: its sequences have pages of their own; make it with num_pages to admit some"
             )
         return self._allocator
+
+    def _check_capacity(self, op: str, capacity: int) -> None:
+        if capacity > self.capacity:
+            raise ValueError(f"{op}: capacity must be at most the cache's {self.capacity}, got {capacity}")
 
     def _check_row(self, op: str, row: int, *, taken: bool = True) -> int:
         """The allocator's number of the sequence in `row`; 0 where there should be none."""
@@ -214,12 +242,69 @@ class PagedKVCache:
             raise ValueError(f"{op}: row must be {'taken' if taken else 'free'}, got {row}")
         return sequence or 0
 
-    def _seat(self, row: int, sequence: int) -> None:
-        pages = self._pool().pages(sequence)
+    def _seat(self, row: int, sequence: int, length: int, first_position: int | Tensor) -> None:
         self._sequences[row] = sequence
+        self._write_table(row, sequence)
+        self.context_lens[row] = length
+        self.first_positions[row] = first_position
+
+    def _write_table(self, row: int, sequence: int) -> None:
+        pages = self._pool().pages(sequence)
         self.block_table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         if copies:
             pairs = torch.tensor(copies, dtype=torch.int32, device=self.pages.device)
             self._ops.copy_pages(self.pages, pairs)
+
+
+def new_allocator(num_pages: int, page_size: int) -> "native.PageAllocator | UnsharedPages":
+    """The compiled allocator; without it, one that shares nothing."""
+    return native.page_allocator(num_pages, page_size) if native.available() else UnsharedPages(num_pages, page_size)
+
+
+class UnsharedPages:
+    """The books of a pool where every sequence has pages of its own: what stands in for `native.PageAllocator` on a
+    machine without the compiled module."""
+
+    def __init__(self, num_pages: int, page_size: int):
+        self.page_size, self._free = page_size, list(range(num_pages))
+        self._held: dict[int, list[int]] = {}
+        self._next = 0
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def pages(self, sequence: int) -> list[int]:
+        return self._held[sequence]
+
+    def admit(self, *, prompt: list[int], capacity: int) -> tuple[int, int]:
+        """(sequence, 0): nothing of the prompt is there. Raises: PagesExhausted; nothing has changed then."""
+        needed = -(-capacity // self.page_size)
+        if needed > len(self._free):
+            raise native.PagesExhausted(f"admit: needs {needed} free pages, but {len(self._free)} are free")
+        self._next += 1
+        self._held[self._next] = [self._free.pop() for _ in range(needed)]
+        return self._next, 0
+
+    def fork(self, sequence: int, *, num_tokens: int, capacity: int) -> tuple[int, list[tuple[int, int]]]:
+        """(child, copies): every page of the first `num_tokens` tokens is copied. Raises: PagesExhausted."""
+        child, _ = self.admit(prompt=[], capacity=capacity)
+        filled = -(-num_tokens // self.page_size)
+        return child, list(zip(self._held[sequence][:filled], self._held[child], strict=False))
+
+    def own(self, sequence: int, *, first: int) -> list[tuple[int, int]]:
+        return []
+
+    def publish(self, sequence: int, *, num_tokens: int) -> None:
+        """Nobody shares."""
+
+    def release(self, sequence: int) -> None:
+        self._free += self._held.pop(sequence)
+
+    def check_invariants(self) -> None:
+        """Raises: RuntimeError where a page is held twice or lost."""
+        held = [page for pages in self._held.values() for page in pages]
+        if len(set(held + self._free)) != len(held) + len(self._free):
+            raise RuntimeError("UnsharedPages: a page is held twice")

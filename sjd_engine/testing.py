@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.methods import get_method
-from sjd_engine.models.base import ImageModel, Prompt
+from sjd_engine.models.base import Context, ImageModel, Prompt
 from sjd_engine.ops import VerifyResult, WindowState, start, warp
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
@@ -144,11 +144,12 @@ class Scores:
     variances: Tensor
 
 
-def teacher_forced_logits(model: ImageModel, context: list[int], codes: Tensor) -> Tensor:
-    """[N, T, V] float32: one causal pass over `codes` [N, T] of images that all follow the prompt `context`."""
-    prefix = torch.tensor(context, device=codes.device).expand(len(codes), -1)
-    ids = torch.cat((prefix, codes[:, :-1] + model.first_code), 1)
-    hidden = model.transformer(ids, model.transformer.new_cache(len(codes), ids.shape[1]))
+def teacher_forced_logits(model: ImageModel, context: Context, codes: Tensor) -> Tensor:
+    """[N, T, V] float32: one causal pass over `codes` [N, T] of images that all follow `context`."""
+    prefix = model.context_embeddings(context)
+    anchors = prefix[-1].expand(len(codes), -1)
+    x = torch.cat((prefix.expand(len(codes), -1, -1), model.window_embeddings(codes[:, :-1], anchors)), 1)
+    hidden = model.transformer(x, model.transformer.new_cache(len(codes), x.shape[1]))
     return model.transformer.logits(hidden[:, len(context) - 1 :])
 
 

@@ -15,7 +15,7 @@ from train_tokenizer import to_tensor
 from train_transformer import CaptionedCodes
 
 from sjd_engine import Engine, SamplingParams
-from sjd_engine.models.base import ImageModel, Prompt
+from sjd_engine.models.base import Context, ImageModel, Prompt
 from sjd_engine.testing import score_tokens, teacher_forced_logits
 
 DISTANCES = (1, 3, 5, 7, 16)
@@ -46,9 +46,9 @@ def nats_per_token(model: ImageModel, data: CaptionedCodes, count: int) -> float
     rng = np.random.default_rng(1234)
     total = 0.0
     for row in range(count):
-        ids = data.prompt_ids(row, rng, null_rate=0.0)
+        context = Context.of_tokens(data.prompt_ids(row, rng, null_rate=0.0))
         codes = torch.from_numpy(data.codes[row : row + 1].astype(np.int64))
-        total -= score_tokens(model, Prompt(ids, ids), codes, SamplingParams()).log_probs.mean().item()
+        total -= score_tokens(model, Prompt(context, context), codes, SamplingParams()).log_probs.mean().item()
     return total / count
 
 
@@ -57,16 +57,16 @@ def calibration(model: ImageModel, data: CaptionedCodes, count: int) -> dict[int
     rng, generator = np.random.default_rng(99), torch.Generator().manual_seed(99)
     moved: dict[int, list[float]] = {distance: [] for distance in DISTANCES}
     for row in range(count):
-        ids = data.prompt_ids(row, rng, null_rate=0.0)
+        context = Context.of_tokens(data.prompt_ids(row, rng, null_rate=0.0))
         codes = torch.from_numpy(data.codes[row].astype(np.int64))
-        original = teacher_forced_logits(model, ids, codes[None])[0].softmax(-1)
+        original = teacher_forced_logits(model, context, codes[None])[0].softmax(-1)
         position = int(rng.integers(32, len(codes)))
         changed = codes.repeat(len(DISTANCES), 1)
         for i, distance in enumerate(DISTANCES):
             law = original[position - distance].clone()
             law[codes[position - distance]] = 0
             changed[i, position - distance] = torch.multinomial(law, 1, generator=generator)
-        after = teacher_forced_logits(model, ids, changed)[:, position].softmax(-1)
+        after = teacher_forced_logits(model, context, changed)[:, position].softmax(-1)
         for distance, law in zip(DISTANCES, after, strict=True):
             moved[distance].append(0.5 * (law - original[position]).abs().sum().item())
     return {distance: float(np.mean(values)) for distance, values in moved.items()}

@@ -1,6 +1,7 @@
 """What the engine asks of a model family."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,39 @@ from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
 
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What stands before an image in one of its sequences: tokens, or conditioning vectors in their place.
+
+    Attributes:
+        key: contexts with equal keys are equal, and share their keys and values.
+        ids: vocabulary tokens; empty where there are `embeddings`.
+        embeddings: [N, hidden] conditioning vectors, None where there are `ids`.
+        first_position: row of the position table of the first token.
+
+    The last token or vector is the anchor of the first window.
+    """
+
+    key: Hashable
+    ids: tuple[int, ...] = ()
+    embeddings: Tensor | None = None
+    first_position: int = 0
+
+    @staticmethod
+    def of_tokens(ids: Sequence[int]) -> "Context":
+        """A context of vocabulary tokens, at least one."""
+        return Context(tuple(ids), tuple(ids))
+
+    def __len__(self) -> int:
+        return len(self.ids) if self.embeddings is None else len(self.embeddings)
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of the two contexts of an image. The last id of each is the anchor of the first window."""
+    """The two contexts of an image; the unconditional one is read where guidance is on."""
 
-    conditional: list[int]
-    unconditional: list[int]
+    conditional: Context
+    unconditional: Context
 
 
 @dataclass(frozen=True)
@@ -56,16 +84,23 @@ class ImageModel(ABC):
     def schedule(self, height: int, width: int) -> Schedule:
         """The plan of an image of this size. Raises: ValueError listing the sizes the model was trained for."""
 
-    def window_token_ids(self, ids: Tensor, anchor_ids: Tensor) -> Tensor:
-        """Rows of the embedding for the window ids of a decoder.
+    def context_embeddings(self, context: Context) -> Tensor:
+        """[N, hidden]: what the transformer reads for a context."""
+        if context.embeddings is not None:
+            return context.embeddings.to(self.device, self.transformer.dtype)
+        return self.transformer.embed(torch.tensor(context.ids, device=self.device))
+
+    def window_embeddings(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        """[S, W, hidden]: what the transformer reads for the windows of a decoder.
 
         Args:
-            ids: [B, W] int64: image codes below `num_codes`; `num_codes + t` for vocabulary token t, as schedules
-                force them; -1 for the prompt's last token.
-            anchor_ids: [B] int64, the prompt's last token.
+            ids: [S, W] int64: image codes below `num_codes`; `num_codes + t` for vocabulary token t, as schedules
+                force them; -1 for the end of the context.
+            anchors: [S, hidden], the last embeddings of the contexts.
         """
         rows = torch.where(ids < self.num_codes, ids + self.first_code, ids - self.num_codes)
-        return torch.where(ids < 0, anchor_ids[:, None], rows)
+        embeddings = self.transformer.embed(rows.clamp_min(0))
+        return torch.where((ids < 0)[..., None], anchors[:, None], embeddings)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Image codes [N, rows, cols] -> [N, 3, H, W] float32 in [0, 1]."""

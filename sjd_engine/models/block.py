@@ -164,24 +164,23 @@ class Transformer(nn.Module):
             poison=poison,
         )
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [...] int64, rows of the embedding -> [..., hidden]."""
+        return F.embedding(ids, self.embedding)
+
     @torch.inference_mode()
-    def forward(self, ids: Tensor, kv_cache: PagedKVCache) -> Tensor:
+    def forward(self, x: Tensor, kv_cache: PagedKVCache) -> Tensor:
         """One causal pass: append the tokens of every sequence to the cache and return their hidden states.
 
         Args:
-            ids: [S, N] int64 rows of the embedding.
-            kv_cache: written behind each sequence's length; the lengths do not move.
+            x: [S, N, hidden] embeddings.
+            kv_cache: written behind each sequence's length; the lengths do not move. Slots past a sequence's pages are
+                not written, and what comes out for them has no meaning.
         Returns: [S, N, hidden], before the final norm.
-        Raises: ValueError where the cache or the position table is too short.
         """
-        config = self.config
-        num_new = ids.shape[1]
-        positions, span = kv_cache.positions(num_new)
-        if span > config.max_positions + num_new:
-            raise ValueError(f"position {span - 1} is past the model's {config.max_positions} positions")
-        table_rows = positions.clamp_max(config.max_positions - 1)  # only slots past the image's end are clamped
+        positions, span = kv_cache.positions(x.shape[1])
+        table_rows = positions.clamp_max(len(self.cos) - 1)  # only slots past the image's end are clamped
         run = Pass(kv_cache, span, self.cos[table_rows][:, :, None], self.sin[table_rows][:, :, None])
-        x = F.embedding(ids, self.embedding)
         for block in self.blocks:
             x = block(x, run)
         return x

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sjd_engine.errors import CheckpointError
-from sjd_engine.models.base import Defaults, ImageModel, Prompt
+from sjd_engine.models.base import Context, Defaults, ImageModel, Prompt
 from sjd_engine.models.detokenizers.fsq import FSQConfig, FSQDecoder
 from sjd_engine.models.weights import assign, load_qwen2, read_json, read_tensors
 from sjd_engine.sampling import SamplingParams
@@ -60,16 +60,16 @@ class EmojiModel(ImageModel):
     def build_prompt(self, prompt: str, negative_prompt: str | None) -> Prompt:
         return Prompt(
             self._encode("prompt", prompt),
-            self._encode("negative_prompt", negative_prompt) if negative_prompt else self.tokenizer.encode("").ids,
+            self._encode("negative_prompt", negative_prompt or ""),
         )
 
-    def _encode(self, argument: str, text: str) -> list[int]:
+    def _encode(self, argument: str, text: str) -> Context:
         ids = self.tokenizer.encode(text).ids
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"{argument}: expected at most {self.max_prompt_tokens} tokens, got {len(ids)} in {text!r}; shorten it"
             )
-        return ids
+        return Context.of_tokens(ids)
 
     def schedule(self, height: int, width: int) -> Schedule:
         if (height, width) != self.image_size:

@@ -42,7 +42,7 @@ def qwen2(tmp_path_factory):
 
 def full_logits(model: Transformer, ids: Tensor) -> Tensor:
     cache = model.new_cache(len(ids), ids.shape[1])
-    return model.logits(model(ids, cache))
+    return model.logits(model(model.embed(ids), cache))
 
 
 def hf_logits(folder, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,7 +96,7 @@ class TestQwen2:
             kept = torch.randint(1, width + 1, (3,), generator=generator).minimum(48 - lengths)
             for row in range(3):
                 window[row, : kept[row]] = ids[row, lengths[row] : lengths[row] + kept[row]]
-            logits = model.logits(model(window, cache))
+            logits = model.logits(model(model.embed(window), cache))
             for row in range(3):
                 got[row, lengths[row] : lengths[row] + kept[row]] = logits[row, : kept[row]]
             lengths = lengths + kept
@@ -107,7 +107,7 @@ class TestQwen2:
         folder, config = qwen2
         model = load_qwen2(folder, config, first_code=0, num_codes=200, dtype=torch.float32)
         with pytest.raises(ValueError, match="exceed the capacity of 4"):
-            model(torch.zeros(1, 5, dtype=torch.int64), model.new_cache(1, 4))
+            model(model.embed(torch.zeros(1, 5, dtype=torch.int64)), model.new_cache(1, 4))
 
 
 @pytest.mark.parametrize("swin", [False, True], ids=["pre", "swin"])
