@@ -168,15 +168,17 @@ class PagedKVCache:
         """The first `num_tokens` tokens of the prompt are written: sequences admitted later share their full pages."""
         self._pool().publish(self._check_row("publish", row), num_tokens=num_tokens)
 
-    def fork(self, row: int, into: int, num_tokens: int) -> None:
-        """Make row `into` a twin of `row` with its first `num_tokens` tokens. Full pages are shared, the page that both
-        write next is copied.
+    def fork(self, row: int, into: int, num_tokens: int, capacity: int) -> None:
+        """Let row `into` be a new sequence of at most `capacity` tokens that begins with the first `num_tokens` of
+        `row`. Their full pages are shared, the page that both write next is copied.
 
         Raises: PagesExhausted.
         """
         parent = self._check_row("fork", row)
         self._check_row("fork", into, taken=False)
-        child, copies = self._pool().fork(parent, num_tokens=num_tokens)
+        if capacity > self.capacity:
+            raise ValueError(f"fork: capacity must be at most the cache's {self.capacity}, got {capacity}")
+        child, copies = self._pool().fork(parent, num_tokens=num_tokens, capacity=capacity)
         self._copy(copies)
         self._seat(into, child)
         self.context_lens[into] = num_tokens
