@@ -309,11 +309,14 @@ void define_paged_cache(py::module_& m) {
            "The first tokens of the prompt are written: their full pages may be shared.")
       .def(
           "fork",
-          [](PageAllocator& self, int64_t sequence, int64_t num_tokens) {
-            const auto [child, copies] = self.fork(sequence, num_tokens);
+          [](PageAllocator& self, int64_t sequence, int64_t num_tokens, int64_t capacity) {
+            const auto [child, copies] = self.fork(sequence, num_tokens, capacity);
             return py::make_tuple(child, copies);
           },
-          arg("sequence"), py::kw_only(), arg("num_tokens"), "A twin: (sequence, pages to copy as (from, to)).")
+          arg("sequence"), py::kw_only(), arg("num_tokens"), arg("capacity"),
+          "A new sequence with the first tokens of another: (sequence, pages to copy as (from, to)).")
+      .def("pages_needed_to_fork", &PageAllocator::pages_needed_to_fork, py::kw_only(), arg("num_tokens"),
+           arg("capacity"), "Free pages that `fork` would take.")
       .def("own", &PageAllocator::own, arg("sequence"), py::kw_only(), arg("first"),
            "Copy on write from token `first` on: pages to copy as (from, to).")
       .def("release", &PageAllocator::release, arg("sequence"), "Give up a sequence.")

@@ -45,9 +45,14 @@ class PageAllocator {
   // The keys and values of the first `num_tokens` prompt tokens are written: their full pages may be shared from now on.
   void publish(int64_t sequence, int64_t num_tokens);
 
-  // A twin of the sequence, with its first `num_tokens` tokens and its capacity. Full pages are shared; what stands in
-  // the page that both write next is copied. Throws PagesExhausted.
-  Fork fork(int64_t sequence, int64_t num_tokens);
+  // Pages of the free list that `fork` would take.
+  int64_t pages_needed_to_fork(int64_t num_tokens, int64_t capacity) const {
+    return pages_of(capacity) - num_tokens / page_size_;
+  }
+
+  // A new sequence of at most `capacity` tokens that begins with the first `num_tokens` of another. Their full pages are
+  // shared; what stands in the page that both write next is copied. Throws PagesExhausted.
+  Fork fork(int64_t sequence, int64_t num_tokens, int64_t capacity);
 
   // Copy on write: the sequence may write from token `first` on, which pages that it shares would forbid. Throws
   // PagesExhausted.

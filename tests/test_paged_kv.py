@@ -231,7 +231,7 @@ class TestSequences:
         cache = self.cache()
         cache.admit(0, 12)
         self.write(cache, 0, 6, seed=1)
-        cache.fork(0, 1, num_tokens=6)
+        cache.fork(0, 1, num_tokens=6, capacity=9)
         assert cache.block_table[0, 0] == cache.block_table[1, 0]
         assert cache.block_table[0, 1] != cache.block_table[1, 1]
         before = cache.gather(1, 6)[0][0].clone()
