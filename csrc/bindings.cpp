@@ -39,8 +39,7 @@ T named(const char* op, const char* argument, const std::string& name, Names<T> 
 
 void check_range(const char* op, const char* argument, int64_t value, int64_t least, int64_t most,
                  const char* remedy = "") {
-  check(least <= value && value <= most, op, argument, "in " + text(least) + ".." + text(most), text(value),
-        remedy);
+  check(least <= value && value <= most, op, argument, "in " + text(least) + ".." + text(most), text(value), remedy);
 }
 
 template <class T>
@@ -55,9 +54,8 @@ const T* optional(uintptr_t address) {
 }
 
 DType dtype_of(const char* op, const std::string& name) {
-  return named<DType>(
-      op, "dtype", name,
-      {{"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}});
+  return named<DType>(op, "dtype", name,
+                      {{"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}});
 }
 
 using Strides = std::array<int64_t, 4>;  // pair, batch, row, vocab
@@ -193,8 +191,14 @@ void append_kv(const Pages& pages, uintptr_t keys, uintptr_t values, int64_t seq
                uintptr_t context_lens, uintptr_t num_valid, int64_t num_new, const Place& place) {
   constexpr const char* kOp = "append_kv";
   check_range(kOp, "num_new", num_new, 1, INT32_MAX);
-  AppendKV op{pages.at(kOp), required<char>(kOp, "keys", keys), required<char>(kOp, "values", values), sequence_stride,
-              token_stride,  required<int32_t>(kOp, "context_lens", context_lens), optional<int32_t>(num_valid), num_new,
+  AppendKV op{pages.at(kOp),
+              required<char>(kOp, "keys", keys),
+              required<char>(kOp, "values", values),
+              sequence_stride,
+              token_stride,
+              required<int32_t>(kOp, "context_lens", context_lens),
+              optional<int32_t>(num_valid),
+              num_new,
               false};
   op.wide = all_wide(
       {number(op.kv.pages), op.kv.row_bytes, number(op.keys), number(op.values), sequence_stride, token_stride});
@@ -226,8 +230,12 @@ void gather_kv(const Pages& pages, uintptr_t out, uintptr_t context_lens, int64_
   constexpr const char* kOp = "gather_kv";
   check_range(kOp, "num_new", num_new, 0, INT32_MAX);
   check_range(kOp, "span", span, 1, INT32_MAX);
-  GatherKV op{pages.at(kOp), required<char>(kOp, "out", out), required<int32_t>(kOp, "context_lens", context_lens),
-              num_new,       span,                            false};
+  GatherKV op{pages.at(kOp),
+              required<char>(kOp, "out", out),
+              required<int32_t>(kOp, "context_lens", context_lens),
+              num_new,
+              span,
+              false};
   op.wide = all_wide({number(op.kv.pages), op.kv.row_bytes, number(op.out)});
   run(kOp, op, place);
 }
@@ -235,8 +243,7 @@ void gather_kv(const Pages& pages, uintptr_t out, uintptr_t context_lens, int64_
 void poison_kv(const Pages& pages, uintptr_t context_lens, int64_t num_slots, const Place& place) {
   constexpr const char* kOp = "poison_kv";
   check_range(kOp, "num_slots", num_slots, 1, INT32_MAX);
-  run(kOp,
-      PoisonKV{pages.at(kOp), required<int32_t>(kOp, "context_lens", context_lens), num_slots, pages.num_layers},
+  run(kOp, PoisonKV{pages.at(kOp), required<int32_t>(kOp, "context_lens", context_lens), num_slots, pages.num_layers},
       place);
 }
 

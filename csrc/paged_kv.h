@@ -30,9 +30,7 @@ struct PagedKV {
   int64_t num_sequences, table_width, num_pages, page_size, row_bytes;
 
   SJD_HD int64_t page_bytes() const { return 2 * page_size * row_bytes; }
-  SJD_HD char* page(int64_t layer, int64_t number) const {
-    return pages + (layer * num_pages + number) * page_bytes();
-  }
+  SJD_HD char* page(int64_t layer, int64_t number) const { return pages + (layer * num_pages + number) * page_bytes(); }
   // The row of a token's keys (which = 0) or values (1); null where the table has no page for it.
   SJD_HD char* row(int64_t layer, int64_t sequence, int64_t token, int64_t which) const {
     const int64_t entry = divide(token, page_size).quotient;
@@ -89,8 +87,8 @@ struct AppendKV {
   }
 };
 
-// context_lens[s] = prefix_lens[s] + num_committed[s / copies]: after a verified pass the cache is valid up to the token
-// before the anchor, the last committed one. What lies behind is overwritten by the next pass.
+// context_lens[s] = prefix_lens[s] + num_committed[s / copies]: after a verified pass the cache is valid up to the
+// token before the anchor, the last committed one. What lies behind is overwritten by the next pass.
 struct AdvanceRollback {
   int32_t* context_lens;         // [S]
   const int32_t* prefix_lens;    // [S] prompt tokens but the last

@@ -45,12 +45,12 @@ class TestOps:
     @pytest.mark.parametrize("head_dim", [24, 5])
     def test_append(self, dtype, page_size, head_dim):
         table = tables(page_size, 300)
-        table[0, -1] = -1
+        table[0, -1] = table[1] = -1
         lens = torch.tensor([296, 0, 130], dtype=torch.int32)
         pages = random(table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
         qkv = random(SEQS, 9, 5 * KV_HEADS, head_dim, dtype=dtype, seed=1)  # keys and values lie between others
         keys, values = qkv[:, :, KV_HEADS : 2 * KV_HEADS], qkv[:, :, 2 * KV_HEADS : 3 * KV_HEADS]
-        for num_valid in (None, torch.tensor([9, 4, 0], dtype=torch.int32)):
+        for num_valid in (None, torch.tensor([9, 4, 3], dtype=torch.int32)):
             results = [pages.clone(), pages.clone()]
             for op, into in zip((native, paged), results, strict=True):
                 op.append_kv(into, table, lens, keys, values, num_valid)
@@ -165,6 +165,38 @@ class TestAttention:
         expected = native.window_attention(queries, pages, table, lens, span=200)
         native.poison_kv(pages[None], table, lens + 7, num_slots=64)
         assert same(native.window_attention(queries, pages, table, lens, span=200), expected)
+
+    @pytest.mark.parametrize("op", [native, paged], ids=["native", "reference"])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_tokens_without_a_page_are_hidden(self, op, dtype, page_size, biased):
+        """Row 0 has no page at all, row 1 none for its window's end, row 2 ends with its table."""
+        num_new, width = 7, -(-200 // page_size)
+        lens = torch.tensor([0, 100, width * page_size - 3], dtype=torch.int32)
+        table = 1 + tables(page_size, 200)
+        table[0] = -1
+        table[1, -(-103 // page_size) :] = -1
+        held = torch.tensor([0, int((table[1] >= 0).sum()) * page_size, width * page_size])
+        pages = torch.full((2 + int(table.max()), 2, page_size, KV_HEADS, 16), float("nan"), dtype=dtype)
+        # Every slot that a row sees holds a number, every other slot of the pool NaN.
+        native.append_kv(
+            pages,
+            table,
+            torch.zeros_like(lens),
+            *random(2, SEQS, int(lens.max()) + num_new, KV_HEADS, 16, dtype=dtype),
+            num_valid=lens + num_new,
+        )
+        queries = random(SEQS, num_new, 2 * KV_HEADS, 16, dtype=dtype, seed=1)
+        bias = torch.zeros(num_new, num_new).masked_fill_(torch.ones(num_new, num_new).triu(1) > 0, float("-inf"))
+        got = op.window_attention(
+            queries, pages, table, lens, span=int(lens.max()) + num_new, window_bias=bias if biased else None
+        )
+        assert (got[0] == 0).all()
+        for s in (1, 2):
+            dense = [x[s].float() for x in paged.gather_kv(pages, table, lens, num_new=num_new, span=int(held[s]))]
+            for i in range(num_new):
+                seen = min(int(lens[s]) + i + 1, int(held[s]))
+                expected = dense_attention(queries[s, i : i + 1].float(), *(x[:seen] for x in dense), seen)
+                assert (got[s, i] - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02)
 
     @pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
     def test_nan_is_shown(self, dtype, nan):
