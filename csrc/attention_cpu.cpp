@@ -5,9 +5,9 @@
 #include <cstring>
 #include <vector>
 
+#include "arithmetic.h"
 #include "clones.h"
 #include "thread_pool.h"
-#include "widen.h"
 
 #if defined(SJD_HAS_CLONES)
 #include <immintrin.h>

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "paged_kv.h"
-#include "rows.h"
 
 namespace sjd {
 

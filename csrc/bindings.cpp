@@ -188,7 +188,8 @@ bool all_wide(std::initializer_list<int64_t> values) {
 int64_t number(const void* address) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)); }
 
 void append_kv(const Pages& pages, uintptr_t keys, uintptr_t values, int64_t sequence_stride, int64_t token_stride,
-               uintptr_t context_lens, uintptr_t num_valid, int64_t num_new, const Place& place) {
+               uintptr_t context_lens, uintptr_t num_valid, uintptr_t cos, uintptr_t sin, int64_t num_new,
+               const Place& place) {
   constexpr const char* kOp = "append_kv";
   check_range(kOp, "num_new", num_new, 1, INT32_MAX);
   AppendKV op{pages.at(kOp),
@@ -198,7 +199,11 @@ void append_kv(const Pages& pages, uintptr_t keys, uintptr_t values, int64_t seq
               token_stride,
               required<int32_t>(kOp, "context_lens", context_lens),
               optional<int32_t>(num_valid),
+              optional<float>(cos),
+              optional<float>(sin),
+              dtype_of(kOp, pages.dtype),
               num_new,
+              pages.head_dim,
               false};
   op.wide = all_wide(
       {number(op.kv.pages), op.kv.row_bytes, number(op.keys), number(op.values), sequence_stride, token_stride});
@@ -348,8 +353,8 @@ void define_paged_cache(py::module_& m) {
       .def(py::init([](bool cuda, uintptr_t stream, int num_threads) { return Place{cuda, stream, num_threads}; }),
            py::kw_only(), arg("cuda"), arg("stream"), arg("num_threads"));
   m.def("append_kv", &append_kv, arg("pages"), py::kw_only(), arg("keys"), arg("values"), arg("sequence_stride"),
-        arg("token_stride"), arg("context_lens"), arg("num_valid"), arg("num_new"), arg("place"),
-        "Write new tokens behind every context, in one layer. Strides in bytes.");
+        arg("token_stride"), arg("context_lens"), arg("num_valid"), arg("cos"), arg("sin"), arg("num_new"),
+        arg("place"), "Write new tokens behind every context, in one layer. Strides in bytes.");
   m.def("advance_rollback", &advance_rollback, py::kw_only(), arg("context_lens"), arg("prefix_lens"),
         arg("num_committed"), arg("num_sequences"), arg("copies"), arg("place"),
         "Move the lengths to what a pass has committed.");

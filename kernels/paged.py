@@ -26,12 +26,20 @@ def append_kv(
     keys: Tensor,
     values: Tensor,
     num_valid: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """Write keys and values [S, N, KH, D] behind every context. Tokens without a page are skipped.
 
     Args:
         num_valid: [S] int32, how many of the N tokens exist; None for all.
+        cos, sin: [S, N, D] float32, rows of a rotary table (see `models.rope`) that the keys are rotated by first, in
+            float32 and rounded once; None for keys as they are.
     """
+    if cos is not None and sin is not None:
+        wide = keys.float()
+        turned = wide.roll(wide.shape[-1] // 2, -1)
+        keys = (wide * cos[:, :, None] + turned * sin[:, :, None]).to(pages.dtype)
     new = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
     page, slot, written = slots(pages, block_table, context_lens.long()[:, None] + new)
     if num_valid is not None:

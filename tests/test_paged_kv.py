@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sjd_engine import PagedKVCache, native
 from sjd_engine.kernels import paged
+from sjd_engine.models.rope import rope_table, rotate
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
@@ -57,6 +58,22 @@ class TestOps:
             assert same(*results)
             assert not same(results[0], pages)
 
+    @pytest.mark.parametrize("head_dim", [128, 24, 2])
+    def test_append_with_rotation(self, dtype, head_dim):
+        table, lens = tables(16, 300), torch.tensor([296, 0, 130], dtype=torch.int32)
+        pages = random(table.numel(), 2, 16, KV_HEADS, head_dim, dtype=dtype)
+        keys, values = random(2, SEQS, 9, KV_HEADS, head_dim, dtype=dtype, seed=1)
+        rows = [part[lens.long()[:, None] + torch.arange(9)] for part in rope_table(305, head_dim, 1e4)]
+        num_valid = torch.tensor([9, 4, 0], dtype=torch.int32)
+        results = [pages.clone() for _ in range(3)]
+        native.append_kv(results[0], table, lens, keys, values, num_valid, *rows)
+        paged.append_kv(results[1], table, lens, keys, values, num_valid, *rows)
+        rotated = rotate(keys.float(), *(part[:, :, None] for part in rows)).to(dtype)
+        paged.append_kv(results[2], table, lens, rotated, values, num_valid)
+        assert same(results[0], results[1])
+        assert torch.allclose(results[0].float(), results[2].float(), atol=1e-6, rtol=torch.finfo(dtype).eps)
+        assert not torch.allclose(results[0].float(), pages.float(), atol=0.1)
+
     @pytest.mark.parametrize("head_dim", [24, 5])
     def test_gather_copy_and_poison(self, dtype, page_size, head_dim):
         table = tables(page_size, 200)
@@ -94,6 +111,11 @@ class TestOps:
             native.append_kv(pages, table, lens.long(), keys, keys)
         with pytest.raises(ValueError, match="pages must be contiguous"):
             native.append_kv(pages.double(), table, lens, keys.double(), keys.double())
+        angles = torch.zeros(1, 3, 8)
+        with pytest.raises(ValueError, match=r"append_kv: cos and sin must both be \[1, 3, 8\] .* got sin None"):
+            native.append_kv(pages, table, lens, keys, keys, cos=angles)
+        with pytest.raises(ValueError, match=r"append_kv: cos must be contiguous torch\.float32"):
+            native.append_kv(pages, table, lens, keys, keys, cos=angles.half(), sin=angles)
         queries = torch.zeros(1, 3, 3, 8)
         with pytest.raises(ValueError, match="window_attention: num_heads must be a multiple of num_kv_heads = 2"):
             native.window_attention(queries, torch.zeros(2, 2, 4, 2, 8), table, lens, span=3)
