@@ -160,9 +160,10 @@ struct Pages {
   }
 };
 
-// Where an op runs: threads of the CPU, or a stream of CUDA.
+// Where an op runs: threads of the CPU, or a stream of a CUDA device.
 struct Place {
   bool cuda;
+  int device;
   uintptr_t stream;
   int num_threads;
 };
@@ -174,7 +175,7 @@ void run(const char* name, const Op& op, const Place& place) {
   py::gil_scoped_release release;
   if (!place.cuda) return run_cpu(op, place.num_threads);
 #if defined(SJD_CUDA_ARCHS)
-  run_cuda(op, reinterpret_cast<void*>(place.stream));
+  run_cuda(op, place.device, reinterpret_cast<void*>(place.stream));
 #else
   throw std::runtime_error(std::string(name) +
                            ": this build of sjd_engine has no CUDA; build it again where nvcc is found");
@@ -349,9 +350,11 @@ void define_paged_cache(py::module_& m) {
            }),
            py::kw_only(), arg("pages"), arg("block_table"), arg("dtype"), arg("num_layers"), arg("num_pages"),
            arg("page_size"), arg("num_kv_heads"), arg("head_dim"), arg("num_sequences"), arg("table_width"));
-  py::class_<Place>(m, "Place", "Threads of the CPU, or a stream of CUDA.")
-      .def(py::init([](bool cuda, uintptr_t stream, int num_threads) { return Place{cuda, stream, num_threads}; }),
-           py::kw_only(), arg("cuda"), arg("stream"), arg("num_threads"));
+  py::class_<Place>(m, "Place", "Threads of the CPU, or a stream of a CUDA device.")
+      .def(py::init([](bool cuda, int device, uintptr_t stream, int num_threads) {
+             return Place{cuda, device, stream, num_threads};
+           }),
+           py::kw_only(), arg("cuda"), arg("device"), arg("stream"), arg("num_threads"));
   m.def("append_kv", &append_kv, arg("pages"), py::kw_only(), arg("keys"), arg("values"), arg("sequence_stride"),
         arg("token_stride"), arg("context_lens"), arg("num_valid"), arg("cos"), arg("sin"), arg("num_new"),
         arg("place"), "Write new tokens behind every context, in one layer. Strides in bytes.");

@@ -190,11 +190,11 @@ void run_cpu(const CopyPages& op, int num_threads);
 void run_cpu(const GatherKV& op, int num_threads);
 void run_cpu(const PoisonKV& op, int num_threads);
 
-// One launch on a CUDA stream, which is not waited for. Throws std::runtime_error with CUDA's own message.
-void run_cuda(const AppendKV& op, void* stream);
-void run_cuda(const AdvanceRollback& op, void* stream);
-void run_cuda(const CopyPages& op, void* stream);
-void run_cuda(const GatherKV& op, void* stream);
-void run_cuda(const PoisonKV& op, void* stream);
+// One launch on a stream of a CUDA device, which is not waited for. Throws std::runtime_error with CUDA's own message.
+void run_cuda(const AppendKV& op, int device, void* stream);
+void run_cuda(const AdvanceRollback& op, int device, void* stream);
+void run_cuda(const CopyPages& op, int device, void* stream);
+void run_cuda(const GatherKV& op, int device, void* stream);
+void run_cuda(const PoisonKV& op, int device, void* stream);
 
 }  // namespace sjd

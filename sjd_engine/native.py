@@ -315,8 +315,11 @@ def _pages(op: str, pages: Tensor, block_table: Tensor | None) -> Any:
 
 def _place(device: torch.device) -> Any:
     """The current stream of a CUDA device, else the threads of torch."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _module().Place(cuda=device.type == "cuda", stream=stream, num_threads=torch.get_num_threads())
+    cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+    return _module().Place(
+        cuda=cuda, device=device.index if cuda else 0, stream=stream, num_threads=torch.get_num_threads()
+    )
 
 
 def _checked(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> int:

@@ -12,6 +12,7 @@ from sjd_engine.models.rope import rope_table, rotate
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ["cpu", "cuda"] if native.has_cuda() and torch.cuda.is_available() else ["cpu"]
 PAGE_SIZES = (1, 16, 64, 256)
 LAYERS, SEQS, KV_HEADS = 2, 3, 2
 
@@ -43,15 +44,20 @@ def same(a: Tensor, b: Tensor) -> bool:
 class TestOps:
     """Head dim 24 moves 16 bytes at a time, 5 only 2."""
 
+    @pytest.fixture(params=DEVICES)
+    def device(self, request) -> str:
+        return request.param
+
     @pytest.mark.parametrize("head_dim", [24, 5])
-    def test_append(self, dtype, page_size, head_dim):
-        table = tables(page_size, 300)
+    def test_append(self, dtype, page_size, head_dim, device):
+        table = tables(page_size, 300).to(device)
         table[0, -1] = table[1] = -1
-        lens = torch.tensor([296, 0, 130], dtype=torch.int32)
-        pages = random(table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
-        qkv = random(SEQS, 9, 5 * KV_HEADS, head_dim, dtype=dtype, seed=1)  # keys and values lie between others
+        lens = torch.tensor([296, 0, 130], dtype=torch.int32, device=device)
+        pages = random(table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype).to(device)
+        qkv = random(SEQS, 9, 5 * KV_HEADS, head_dim, dtype=dtype, seed=1).to(device)
+        # Keys and values lie between others.
         keys, values = qkv[:, :, KV_HEADS : 2 * KV_HEADS], qkv[:, :, 2 * KV_HEADS : 3 * KV_HEADS]
-        for num_valid in (None, torch.tensor([9, 4, 3], dtype=torch.int32)):
+        for num_valid in (None, torch.tensor([9, 4, 3], dtype=torch.int32, device=device)):
             results = [pages.clone(), pages.clone()]
             for op, into in zip((native, paged), results, strict=True):
                 op.append_kv(into, table, lens, keys, values, num_valid)
@@ -59,12 +65,13 @@ class TestOps:
             assert not same(results[0], pages)
 
     @pytest.mark.parametrize("head_dim", [128, 24, 2])
-    def test_append_with_rotation(self, dtype, head_dim):
-        table, lens = tables(16, 300), torch.tensor([296, 0, 130], dtype=torch.int32)
-        pages = random(table.numel(), 2, 16, KV_HEADS, head_dim, dtype=dtype)
-        keys, values = random(2, SEQS, 9, KV_HEADS, head_dim, dtype=dtype, seed=1)
-        rows = [part[lens.long()[:, None] + torch.arange(9)] for part in rope_table(305, head_dim, 1e4)]
-        num_valid = torch.tensor([9, 4, 0], dtype=torch.int32)
+    def test_append_with_rotation(self, dtype, head_dim, device):
+        table, lens = tables(16, 300).to(device), torch.tensor([296, 0, 130], dtype=torch.int32)
+        pages = random(table.numel(), 2, 16, KV_HEADS, head_dim, dtype=dtype).to(device)
+        keys, values = random(2, SEQS, 9, KV_HEADS, head_dim, dtype=dtype, seed=1).to(device)
+        positions = lens.long()[:, None] + torch.arange(9)
+        rows = [part[positions].to(device) for part in rope_table(305, head_dim, 1e4)]
+        lens, num_valid = lens.to(device), torch.tensor([9, 4, 0], dtype=torch.int32, device=device)
         results = [pages.clone() for _ in range(3)]
         native.append_kv(results[0], table, lens, keys, values, num_valid, *rows)
         paged.append_kv(results[1], table, lens, keys, values, num_valid, *rows)
@@ -75,10 +82,10 @@ class TestOps:
         assert not torch.allclose(results[0].float(), pages.float(), atol=0.1)
 
     @pytest.mark.parametrize("head_dim", [24, 5])
-    def test_gather_copy_and_poison(self, dtype, page_size, head_dim):
-        table = tables(page_size, 200)
-        lens = torch.tensor([0, 64, 193], dtype=torch.int32)
-        pages = random(LAYERS, table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
+    def test_gather_copy_and_poison(self, dtype, page_size, head_dim, device):
+        table = tables(page_size, 200).to(device)
+        lens = torch.tensor([0, 64, 193], dtype=torch.int32, device=device)
+        pages = random(LAYERS, table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype).to(device)
         got, expected = (
             op.gather_kv(pages[1], table, lens, num_new=3, span=250)  # past every table
             for op in (native, paged)
@@ -86,7 +93,7 @@ class TestOps:
         assert same(got[0], expected[0])
         assert same(got[1], expected[1])
         mine, theirs = pages.clone(), pages.clone()
-        copies = torch.tensor([[0, 2], [1, table.numel() - 1]], dtype=torch.int32)
+        copies = torch.tensor([[0, 2], [1, table.numel() - 1]], dtype=torch.int32, device=device)
         for op, into in ((native, mine), (paged, theirs)):
             op.copy_pages(into, copies)
         assert same(mine, theirs)
@@ -95,12 +102,21 @@ class TestOps:
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
-    def test_advance_rollback(self):
-        lens = torch.zeros(2, 6, dtype=torch.int32)
-        prefix = torch.arange(6, dtype=torch.int32)
+    def test_advance_rollback(self, device):
+        lens = torch.zeros(2, 6, dtype=torch.int32, device=device)
+        prefix = torch.arange(6, dtype=torch.int32, device=device)
         for op, row in zip((native, paged), lens, strict=True):
-            op.advance_rollback(row, prefix, torch.tensor([10, 20, 30]))
+            op.advance_rollback(row, prefix, torch.tensor([10, 20, 30], device=device))
         assert lens.tolist() == [[10, 11, 22, 23, 34, 35]] * 2
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_cuda_without_a_gpu_says_so(self):
+        """The call that tensors on a GPU would make, with addresses that nothing follows."""
+        place = native._C.Place(cuda=True, device=0, stream=0, num_threads=1)
+        with pytest.raises(RuntimeError, match=r"advance_rollback: (CUDA driver|no CUDA-capable|this build .* no CUDA)"):
+            native._C.advance_rollback(
+                context_lens=16, prefix_lens=16, num_committed=16, num_sequences=1, copies=1, place=place
+            )
 
     def test_errors_name_op_and_argument(self):
         pages, table, lens = torch.zeros(2, 2, 4, 1, 8), torch.zeros(1, 2).int(), torch.zeros(1).int()
