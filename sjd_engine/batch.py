@@ -143,7 +143,9 @@ class Batch:
         if self._graphs is None:
             groups = [[row] for row in rows] if self._invariant else [rows]
             device = self.model.device
-            self._pass([(torch.tensor(g, device=device), max(self._at_most[row] for row in g)) for g in groups], self._parity)
+            self._pass(
+                [(torch.tensor(g, device=device), max(self._at_most[row] for row in g)) for g in groups], self._parity
+            )
         else:
             self._graphs.run(rows, self._parity)
         self._parity = 1 - self._parity

@@ -184,10 +184,11 @@ class Scheduler:
             self.waiting.popleft()
 
     def _begin(self, image: Image) -> None:
-        request = image.job.request
-        image.row = self._batch(request).begin(request, image.index)
-        image.batch, image.started = self._batch(request), time.perf_counter()
-        image.job.started = image.job.started or image.started
+        request, started = image.job.request, time.perf_counter()
+        batch = self._batch(request)
+        image.row = batch.begin(request, image.index)
+        image.batch, image.started = batch, started
+        image.job.started = image.job.started or started
         self.running.append(image)
 
     def _batch(self, request: Request) -> Batch:
