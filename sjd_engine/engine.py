@@ -188,8 +188,8 @@ class Engine:
         """Queue a request; `step` decodes it together with all others.
 
         Args:
-            prompt, callback_on_step, arguments: those of `generate`, but for progress. What the callback raises ends this
-                request and no other.
+            prompt, callback_on_step, arguments: those of `generate`, but for progress. What the callback raises ends
+                this request and no other.
         Returns: its number, for `collect` and `cancel`.
         Raises: ValueError, TypeError for bad arguments; nothing is queued then.
         """

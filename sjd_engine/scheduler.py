@@ -82,7 +82,7 @@ class Scheduler:
         max_batch_size: images under way at once.
         num_pages, page_size: of the pool.
         batch_invariant, graphs: see `Batch`.
-        poll_every: passes that the device may run ahead of the host, which needs to know only when an image is complete.
+        poll_every: passes that the device may run ahead of the host, which must know only when an image is complete.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sjd_engine import Engine, JacobiDecoder, SamplingParams, native, ops
+from sjd_engine import JacobiDecoder, SamplingParams, native, ops
 from sjd_engine.batch import Batch
 from sjd_engine.kernels import reference
 from sjd_engine.request import make_request

@@ -10,11 +10,23 @@ from sjd_engine import Engine, kv_cache
 from sjd_engine.models.base import Context
 
 PROMPTS = [
-    "a red apple", "noto soccer ball on grass", "twemoji smiling face on brick", "a blue car", "fluent cat face on wood",
-    "noto sunflower", "a yellow star on purple", "twemoji pizza on stars", "a tree", "noto dog face on gravel",
-    "fluent rainbow on light blue", "a basketball on brick", "noto strawberry", "twemoji mushroom on grass",
-    "fluent red heart", "noto crescent moon on stars",
-]  # fmt: skip
+    "a red apple",
+    "noto soccer ball on grass",
+    "twemoji smiling face on brick",
+    "a blue car",
+    "fluent cat face on wood",
+    "noto sunflower",
+    "a yellow star on purple",
+    "twemoji pizza on stars",
+    "a tree",
+    "noto dog face on gravel",
+    "fluent rainbow on light blue",
+    "a basketball on brick",
+    "noto strawberry",
+    "twemoji mushroom on grass",
+    "fluent red heart",
+    "noto crescent moon on stars",
+]
 SETTINGS = {"window_size": 32, "output_type": "codes"}
 
 
