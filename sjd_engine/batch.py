@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.graph import StepGraphs
-from sjd_engine.kv_cache import PagedKVCache
 from sjd_engine.models import ImageModel
 from sjd_engine.models.base import Context
 from sjd_engine.outputs import ImageStats
@@ -89,8 +88,8 @@ class Batch:
         return all(self._contexts)
 
     def begin(self, request: Request, index: int) -> int:
-        """Begin image `index` of `request` in a vacant row, and compute its prompt where it is not there. All pages that
-        the image will ever need are reserved.
+        """Begin image `index` of `request` in a vacant row, and compute its prompt where it is not there yet. All pages
+        that the image will ever need are reserved.
 
         Returns: its row.
         Raises: PagesExhausted where too few pages are free; nothing has changed then.
@@ -143,7 +142,9 @@ class Batch:
         if self._graphs is None:
             groups = [[row] for row in rows] if self._invariant else [rows]
             device = self.model.device
-            self._pass([(torch.tensor(g, device=device), max(self._at_most[row] for row in g)) for g in groups], self._parity)
+            self._pass(
+                [(torch.tensor(g, device=device), max(self._at_most[row] for row in g)) for g in groups], self._parity
+            )
         else:
             self._graphs.run(rows, self._parity)
         self._parity = 1 - self._parity

@@ -12,7 +12,6 @@ from sjd_engine.methods import check_init, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
-
 # What of a `WindowState` belongs to one sequence alone; the rest is scratch, or is not read in a first pass.
 ROW_STATE = (
     "tokens",
@@ -200,7 +199,9 @@ class JacobiDecoder:
         self._seeds[self._check_row("begin", row)] = signed_64(seed)
         for name, column in params.warp_arguments(1, self.vocab_size, self.device).items():
             if column is not None:
-                self.warp_arguments[name][row : row + 1] = column
+                mine = self.warp_arguments[name]
+                assert mine is not None
+                mine[row : row + 1] = column
         self._row_params[row] = params
         self._reuse_threshold[row] = self.reuse_threshold if reuse_threshold is None else reuse_threshold
         first = self._first_state(self._seeds[row : row + 1])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sjd_engine import native
 from sjd_engine.images import convert
 from sjd_engine.kv_cache import PAGE_SIZE
 from sjd_engine.models import ImageModel, load_model
@@ -69,9 +70,11 @@ class Engine:
         self.batch_invariant = exact if batch_invariant is None else batch_invariant
         self.page_size = at_least("page_size", page_size, 1)
         self.kv_cache_bytes = None if kv_cache_bytes is None else at_least("kv_cache_bytes", kv_cache_bytes, 1)
-        can_capture = self.model.device.type == "cuda" and not self.batch_invariant
+        can_capture = self.model.device.type == "cuda" and native.has_cuda() and not self.batch_invariant
         if cuda_graphs and not can_capture:
-            raise ValueError("cuda_graphs: expected a model on a CUDA device and batch_invariant=False")
+            raise ValueError(
+                "cuda_graphs: expected a model on a CUDA device, batch_invariant=False and sjd_engine built with CUDA"
+            )
         self.cuda_graphs = can_capture if cuda_graphs is None else cuda_graphs
         self._jobs: dict[int, Job] = {}  # submitted, and not collected yet
         self._next_id = 0
@@ -176,13 +179,17 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- for servers
 
     def submit(
-        self, prompt: str | Sequence[str], *, callback_on_step: Callable[[StepInfo], None] | None = None, **arguments: Any
+        self,
+        prompt: str | Sequence[str],
+        *,
+        callback_on_step: Callable[[StepInfo], None] | None = None,
+        **arguments: Any,
     ) -> int:
         """Queue a request; `step` decodes it together with all others.
 
         Args:
-            prompt, callback_on_step, arguments: those of `generate`, but for progress. What the callback raises ends this
-                request and no other.
+            prompt, callback_on_step, arguments: those of `generate`, but for progress. What the callback raises ends
+                this request and no other.
         Returns: its number, for `collect` and `cancel`.
         Raises: ValueError, TypeError for bad arguments; nothing is queued then.
         """

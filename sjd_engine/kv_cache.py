@@ -87,7 +87,7 @@ class PagedKVCache:
         """The sequences `rows` as a cache of their own, on the same pages.
 
         Args:
-            rows: a slice, or int64 indices: their lengths are then copies, which `advance` and `rollback` must not move.
+            rows: a slice; or int64 indices, whose lengths are copies, not to be moved by `advance` and `rollback`.
             longest: an upper bound of their lengths, where the host knows one; None asks the device.
         """
         part = object.__new__(PagedKVCache)

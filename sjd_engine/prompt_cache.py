@@ -25,8 +25,8 @@ class PromptCache:
     Args:
         model: computes them.
         kv_cache: on whose pages they stand; a sequence for each prompt that may be held at once.
-        share_beginnings: a prompt that begins like another shares the full pages of the common part. Its keys and values
-            were then computed in another pass, with another rounding.
+        share_beginnings: a prompt that begins like another shares the full pages of the common part. Its keys and
+            values were then computed in another pass, with another rounding.
     """
 
     def __init__(self, model: ImageModel, kv_cache: PagedKVCache, *, share_beginnings: bool):

@@ -82,7 +82,7 @@ class Scheduler:
         max_batch_size: images under way at once.
         num_pages, page_size: of the pool.
         batch_invariant, graphs: see `Batch`.
-        poll_every: passes that the device may run ahead of the host, which needs to know only when an image is complete.
+        poll_every: passes that the device may run ahead of the host, which must know only when an image is complete.
     """
 
     def __init__(
@@ -184,10 +184,11 @@ class Scheduler:
             self.waiting.popleft()
 
     def _begin(self, image: Image) -> None:
-        request = image.job.request
-        image.row = self._batch(request).begin(request, image.index)
-        image.batch, image.started = self._batch(request), time.perf_counter()
-        image.job.started = image.job.started or image.started
+        request, started = image.job.request, time.perf_counter()
+        batch = self._batch(request)
+        image.row = batch.begin(request, image.index)
+        image.batch, image.started = batch, started
+        image.job.started = image.job.started or started
         self.running.append(image)
 
     def _batch(self, request: Request) -> Batch:
