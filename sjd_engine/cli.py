@@ -87,6 +87,18 @@ def convert_cosmos(
     typer.echo(f"{output}: {num_weights:,} weights")
 
 
+@convert.command("anole")
+def convert_anole(
+    source: Annotated[Path, typer.Argument(help="Folder of GAIR/Anole-7b-v0.1: holds models/7b and tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+) -> None:
+    """Meta's layout to Hugging Face's: a pickle to safetensors, without running it."""
+    from sjd_engine.models import anole
+
+    num_weights = anole.convert(source, output)
+    typer.echo(f"{output}: {num_weights:,} weights")
+
+
 @app.command()
 def doctor() -> None:
     """Tell versions and what runs the decoding ops, and why."""

@@ -333,7 +333,7 @@ def janus_checkpoint(folder: Path, official: bool) -> Tiny:
     return Tiny(folder, logits, [begin, *inside, image], unconditional, (4, 4), (64, 64))
 
 
-def simplear_checkpoint(folder: Path, tied: bool) -> Tiny:
+def simplear_checkpoint(folder: Path) -> Tiny:
     folder = folder / "SimpleAR-0.5B-RL"
     names = [*ALPHABET, "<|t2i|>", "<|i2t|>", "<|soi|>", "<|vtokens|>", "<|t2v|>", "<|v2t|>", "<|sov|>"]
     config = transformers.Qwen2Config(
@@ -342,7 +342,7 @@ def simplear_checkpoint(folder: Path, tied: bool) -> Tiny:
         vocab_size=len(names) + 64000,
         max_position_embeddings=256,
         rope_theta=1e6,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
         architectures=["SimpARForCausalLM"],
     )
     model = randomise(transformers.Qwen2ForCausalLM(config))
@@ -524,8 +524,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Tiny]] = {
     "anole-meta": anole_meta_checkpoint,
     "janus-official": lambda folder: janus_checkpoint(folder, official=True),
     "janus-hf": lambda folder: janus_checkpoint(folder, official=False),
-    "simplear": lambda folder: simplear_checkpoint(folder, tied=False),
-    "simplear-tied": lambda folder: simplear_checkpoint(folder, tied=True),
+    "simplear": simplear_checkpoint,
     "emu3-official": lambda folder: emu3_checkpoint(folder, "official"),
     "emu3-hf": lambda folder: emu3_checkpoint(folder, "hf"),
     "emu3-hf-5": lambda folder: emu3_checkpoint(folder, "hf-5"),
@@ -662,7 +661,7 @@ def full_size(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("side", "num_sizes", "tallest"), [(512, 29, (1024, 256)), (768, 45, (1536, 384)), (1024, 59, (2048, 512))]
+    ("side", "num_sizes", "tallest"), [(512, 49, (1024, 256)), (768, 73, (1536, 384)), (1024, 97, (2048, 512))]
 )
 def test_lumina_breaks_every_line_of_every_size(full_size, side, num_sizes, tallest):
     model = full_size("lumina", f"Lumina-mGPT-7B-{side}")
@@ -694,7 +693,9 @@ def test_emu3_breaks_every_line_of_every_shape(full_size):
     assert model.schedule(720, 720).num_tokens == 8190 + 3
 
 
-def test_families_of_one_size(full_size):
+def test_families_of_one_size(full_size, monkeypatch):
+    monkeypatch.setattr(anole, "SIDE", 512)
+    monkeypatch.setattr(simplear, "SIDE", 1024)
     anole_model, simplear_model = full_size("anole-hf"), full_size("simplear")
     schedule = anole_model.schedule(512, 512)
     assert schedule.num_tokens == 1025
@@ -714,7 +715,7 @@ def test_negative_prompts_where_the_family_has_them(tiny):
         prompt = model.build_prompt(PROMPT, "dog", *case.size)
         assert len(prompt.unconditional) < len(case.unconditional)
     else:
-        with pytest.raises(ValueError, match="negative_prompt: .* has none"):
+        with pytest.raises(ValueError, match=r"negative_prompt: .* has none"):
             model.build_prompt(prompt_text(model), "dog", *case.size)
 
 
@@ -723,7 +724,7 @@ def test_a_prompt_that_leaves_no_room_for_the_image(tiny):
     if isinstance(model, llamagen.LlamaGenModel):
         pytest.skip("classes are one token, texts are cut")
     with pytest.raises(ValueError, match=r"prompt: expected at most \d+ tokens with those of the template, got \d+"):
-        model.build_prompt("word " * 100, None, *case.size)
+        model.build_prompt("word " * 1000, None, *case.size)
 
 
 def test_lumina_can_keep_the_separator_in_the_unconditional_context(tmp_path):
