@@ -23,6 +23,7 @@ from sjd_engine.models.base import Context, ImageModel
 from sjd_engine.models.detokenizers.conv import ConvConfig
 from sjd_engine.models.detokenizers.cosmos import CosmosDecoder
 from sjd_engine.models.detokenizers.vqgan import VQGANConfig, VQGANDecoder
+from sjd_engine.schedule import Schedule
 from sjd_engine.testing import teacher_forced_logits
 
 transformers = pytest.importorskip("transformers")
@@ -782,3 +783,20 @@ def test_a_converted_checkpoint_of_anole_has_the_same_weights(tmp_path, monkeypa
         anole.convert(case.path, converted)
     with pytest.raises(ValueError, match=r"source: expected a folder with models/7b/consolidated\.pth"):
         anole.convert(converted, tmp_path / "other")
+
+
+def test_forced_tokens_cost_no_pass_where_drafts_around_them_are_accepted(tmp_path, monkeypatch):
+    """A model that is sure of its code: once the drafts are right, a pass takes four lines and what ends the image."""
+    case = lumina_checkpoint(tmp_path, swin=False)
+    model = case.load()
+    sure = 9 * F.one_hot(torch.tensor(3), CODES).float()
+    monkeypatch.setattr(model.transformer, "logits", lambda hidden: sure.repeat(*hidden.shape[:-1], 1))
+    passes = []
+    for schedule in (model.schedule(64, 64), Schedule.line(22)):
+        monkeypatch.setattr(model, "schedule", lambda height, width, schedule=schedule: schedule)
+        arguments = {"height": 64, "width": 64, "output_type": "codes", "progress": False}
+        out = Engine(model).generate(PROMPT, method="jacobi", window_size=22, **arguments)
+        assert (out.token_ids == 3).all()
+        assert (out.stats[0].num_tokens, out.token_ids.shape[1]) == (22, 22 - len(schedule.forced))
+        passes.append(out.stats[0].nfe)
+    assert passes == [2, 2]
