@@ -292,7 +292,7 @@ class TestSequences:
         )
 
     def write(self, cache: PagedKVCache, row: int, num_new: int, seed: int) -> Tensor:
-        part, values = cache.narrow(slice(row, row + 1)), random(1, num_new, 1, 8, seed=seed)
+        part, values = cache.select(slice(row, row + 1)), random(1, num_new, 1, 8, seed=seed)
         for layer in range(LAYERS):
             part.append(layer, values + layer, -values)
         cache.context_lens[row] += num_new
