@@ -324,7 +324,6 @@ class TestSequences:
         assert cache.admit(0, 16, prompt) == 0
         self.write(cache, 0, 5, seed=1)
         cache.publish(0, 5)
-        assert cache.pages_needed(16, prompt) == 3
         assert cache.admit(1, 16, prompt) == 4
         assert cache.num_free_pages == 1
         with pytest.raises(native.PagesExhausted, match="admit: needs 3 free pages, but 1 of 8 are free"):
