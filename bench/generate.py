@@ -2,6 +2,7 @@
 
     python bench/generate.py                      # 8 prompts, every method, several windows; a few minutes on a laptop
     python bench/generate.py --prompts 32 --windows 16 32 --methods sjd maximal
+    python bench/generate.py --batch 1,2,4,8,16   # images a second and latency of continuous batching, and memory
 
 Columns:
     NFE           forward passes for an image of 256 tokens, the prompt's included; a guided pair counts once
@@ -14,6 +15,10 @@ Columns:
     drift z       surprisal martingale sum(-log p(x) - H) / sqrt(sum Var): N(0, 1) for a lossless method
     = ar          share of tokens equal to those of `ar` with the same seed
     overhead      share of an iteration spent outside the transformer and its head
+
+    images/s      with `--batch`: the same images, so many at once, over the seconds of all
+    latency       mean seconds from the moment an image begins until it is complete
+    MB/image      of the key/value cache, when all images have prompts of their own, and when they share one
 
 Prompts take turns within the run, so that a slow moment of the machine falls on all methods. The last line is one JSON
 document.
@@ -32,11 +37,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sjd_engine import Engine
-from sjd_engine.batch import Batch
 from sjd_engine.methods import METHODS
-from sjd_engine.models import checkpoint_folder
+from sjd_engine.models import ImageModel, checkpoint_folder
 from sjd_engine.outputs import ImageStats
-from sjd_engine.request import make_request
 from sjd_engine.testing import score_tokens
 
 PROMPTS = [
@@ -131,16 +134,22 @@ class TransformerClock:
 
 def run_engine(engine: Engine, row: Row, prompt: str, seed: int, ar_codes: Tensor | None, measured: bool) -> Tensor:
     """Decode one image, one at a time, and note it in `row`; returns its codes."""
-    request = make_request(
-        engine.model, prompt, method=row.method, window_size=row.window, init=row.init or "random", seed=seed
-    )
-    batch = Batch(engine.model, request, [0], batch_invariant=engine.batch_invariant)
+    while engine.scheduler.prompts.evict():  # every run computes its prompt
+        pass
     with TransformerClock(engine) as clock:
-        for _ in batch.run():
-            pass
-    stats, codes = batch.stats()[0], batch.codes()[0]
+        out = engine.generate(
+            prompt,
+            method=row.method,
+            window_size=row.window,
+            init=row.init or "random",
+            seed=seed,
+            output_type="codes",
+            progress=False,
+        )
+    stats, codes = out.stats[0], out.token_ids[0]
     if measured:
-        scored = score_tokens(engine.model, request.prompts[0], codes[None], request.params)
+        contexts, params = engine.model.build_prompt(prompt, None), engine.model.defaults.params
+        scored = score_tokens(engine.model, contexts, codes[None], params)
         row.nfe.append(stats.nfe)
         row.seconds.append(stats.seconds)
         row.overhead.append(1 - clock.seconds / stats.seconds)
@@ -255,6 +264,60 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def run_batches(args: argparse.Namespace, model: ImageModel, console: Console) -> list[dict]:
+    """The same images, `size` at once, for every size; prints a table."""
+    count = max(*args.batch, len(PROMPTS))
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    engines = {size: Engine(model, max_batch_size=size, page_size=args.page_size) for size in args.batch}
+    seconds: dict[int, list[float]] = {size: [] for size in args.batch}
+    latency: dict[int, list[float]] = {size: [] for size in args.batch}
+    arguments = {"window_size": args.windows[0], "output_type": "codes", "progress": False}
+    for engine in engines.values():
+        engine.generate(prompts[: engine.max_batch_size], **arguments)
+    for _ in range(args.repeats):
+        for size, engine in engines.items():
+            while engine.scheduler.prompts.evict():
+                pass
+            started = time.perf_counter()
+            out = engine.generate(prompts, seed=args.seed, **arguments)
+            seconds[size].append(time.perf_counter() - started)
+            latency[size].append(statistics.fmean(stats.seconds for stats in out.stats))
+
+    def megabytes(engine: Engine, prompts: list[str]) -> float:
+        """Of the cache, for each of so many images under way at once."""
+        pool = engine.scheduler.prompts.kv_cache
+        while engine.scheduler.prompts.evict():
+            pass
+        number = engine.submit(prompts, window_size=args.windows[0], output_type="codes")
+        engine.step()
+        used = pool.num_pages - pool.num_free_pages
+        engine.cancel(number)
+        return used * pool.pages[:, 0].nbytes / 1e6 / len(prompts)
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("at once", "images/s", "vs one at a time", "latency s", "MB/image", "MB/image, one prompt"):
+        table.add_column(column, justify="right")
+    rows = []
+    base = count / min(seconds[args.batch[0]])
+    for size, engine in engines.items():
+        rate = count / min(seconds[size])
+        row = {
+            "batch": size,
+            "images_per_second": round(rate, 3),
+            "vs_first": round(rate / base, 3),
+            "latency": round(statistics.median(latency[size]), 3),
+            "mb_per_image": round(megabytes(engine, prompts[:size]), 3),
+            "mb_per_image_shared": round(megabytes(engine, prompts[:1] * size), 3),
+        }
+        rows.append(row)
+        table.add_row(*map(str, row.values()))
+    console.print(
+        f"{count} images, maximal, W {args.windows[0]}, pages of {args.page_size} tokens, best of {args.repeats} runs"
+    )
+    console.print(table)
+    return rows
+
+
 def show(results: list[dict], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     columns = ("method", "W", "init", "NFE", "tokens/pass", "… detail", "seconds", "vs ar", "vs HF", "log p", "drift z")
@@ -294,6 +357,11 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the engine's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch", type=lambda text: [int(size) for size in text.split(",")], help="sizes; the first is the base"
+    )
+    parser.add_argument("--page-size", type=int, default=16, help="with --batch")
+    parser.add_argument("--repeats", type=int, default=3, help="with --batch")
     parser.add_argument("--transformers", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     unknown = set(args.methods) - set(METHODS)
@@ -303,6 +371,9 @@ def main() -> None:
     console = Console(width=140)
     engine = Engine(args.model, device="cpu", dtype=getattr(torch, args.dtype) if args.dtype else None)
     dtype = engine.model.transformer.dtype
+    if args.batch:
+        print(json.dumps({"batch": run_batches(args, engine.model, console)}))
+        return
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(args.prompts)]
     rows = rows_of(args)
     for row in (rows[0], *rows[1:3]):

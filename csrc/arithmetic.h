@@ -4,14 +4,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#if defined(__GNUC__)
-// Into every ISA variant of the loops in rows.cpp: a call would leave the variant.
-#define SJD_INLINE inline __attribute__((always_inline))
-#else
-#define SJD_INLINE inline
-#endif
+#include "bits.h"
 
 namespace sjd {
 
@@ -31,21 +25,6 @@ constexpr float kLog1p[] = {1.0f,
                             1.6958105564117432f,
                             1.441107153892517f};
 constexpr int kWeightBits = 44;
-
-SJD_INLINE int32_t bits(float x) {
-  int32_t y;
-  std::memcpy(&y, &x, sizeof y);
-  return y;
-}
-
-SJD_INLINE float from_bits(int32_t x) {
-  float y;
-  std::memcpy(&y, &x, sizeof y);
-  return y;
-}
-
-// mask ? a : b for a mask of all ones or none. Written out, because GCC turns a conditional minimum into a branch.
-SJD_INLINE int32_t choose(int32_t mask, int32_t a, int32_t b) { return (a & mask) | (b & ~mask); }
 
 // ------------------------------------------------------------------------------------------------ order of logits
 

@@ -5,9 +5,9 @@
 #include <cstring>
 #include <vector>
 
+#include "arithmetic.h"
 #include "clones.h"
 #include "thread_pool.h"
-#include "widen.h"
 
 #if defined(SJD_HAS_CLONES)
 #include <immintrin.h>
@@ -30,10 +30,10 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 // ------------------------------------------------------------------------------------------------ matrix products
 
-// c[rows, cols] (+)= a[rows, steps] b[steps, cols]. Units of a and b are float32, or pairs of bfloat16 whose products are
-// summed. `rows` is a multiple of kTileRows, `cols` of kTileCols, c has `ldc` floats a row.
-using Multiply = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int rows,
-                          int cols, int steps, bool add);
+// c[rows, cols] (+)= a[rows, steps] b[steps, cols]. Units of a and b are float32, or pairs of bfloat16 whose products
+// are summed. `rows` is a multiple of kTileRows, `cols` of kTileCols, c has `ldc` floats a row.
+using Multiply = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                          int rows, int cols, int steps, bool add);
 
 using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -41,8 +41,8 @@ using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 #pragma GCC optimize("fp-contract=fast")  // no decision depends on these sums, and fused they take half the time
 
 template <int R, int C>
-SJD_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int steps,
-                              bool add) {
+SJD_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                              int steps, bool add) {
   Vector sums[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -79,9 +79,9 @@ SJD_INLINE void multiply_tiles(const uint32_t* a, int64_t lda, const uint32_t* b
   }
 }
 
-#define SJD_MULTIPLY_ARGUMENTS                                                                                         \
-  const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int rows, int cols, int steps, \
-      bool add
+#define SJD_MULTIPLY_ARGUMENTS                                                                               \
+  const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int rows, int cols, \
+      int steps, bool add
 
 void multiply_any(SJD_MULTIPLY_ARGUMENTS) { multiply_tiles<2, 1>(a, lda, b, ldb, c, ldc, rows, cols, steps, add); }
 
@@ -210,13 +210,16 @@ SJD_CLONES void interleave(const uint16_t* first, const uint16_t* second, int n,
 
 // ------------------------------------------------------------------------------------------------------- softmax
 
-// Products of one row to unscaled weights of scale * product + bias: the row's peak and sum move on, and what was summed
-// before is to be scaled by the factor that is returned. The first `seen` of kKeys keys count. NaN goes into every sum.
-SJD_CLONES float weigh_scores(float* scores, float scale, const float* bias, int seen, float& peak, float& sum) {
+// Products of one row to unscaled weights of scale * product + bias: the row's peak and sum move on, and what was
+// summed before is to be scaled by the factor that is returned. Of kKeys keys the first `seen` count that exist, those
+// whose word of `exists` is -1 and not 0. NaN goes into every sum.
+SJD_CLONES float weigh_scores(float* scores, float scale, const float* bias, const int32_t* exists, int seen,
+                              float& peak, float& sum) {
   int32_t key = order_key(peak);
   for (int j = 0; j < kKeys; ++j) {
     const int32_t score = bits(scores[j] * scale + bias[j]);
-    scores[j] = from_bits(choose(-static_cast<int32_t>(j < seen), score, bits(kNegativeInfinity)));
+    const int32_t counts = -static_cast<int32_t>(j < seen) & exists[j];
+    scores[j] = from_bits(choose(counts, score, bits(kNegativeInfinity)));
     key = std::max(key, order_key(scores[j]));
   }
   const float highest = key_value(key);
@@ -308,8 +311,12 @@ class Task {
     }
     for (int64_t r = 0; r < num_rows_; ++r) {
       const int64_t row = (s_ * p_.num_new + token(r)) * p_.num_heads + head(r);
-      narrow_row(scratch_.sums.data() + r * cols_, sum_[r] == 0.0f ? 0.0f : 1.0f / sum_[r], p_.dtype,
-                 static_cast<int>(p_.head_dim), static_cast<char*>(p_.out) + row * p_.head_dim * size_);
+      char* to = static_cast<char*>(p_.out) + row * p_.head_dim * size_;
+      if (sum_[r] == 0.0f) {
+        std::memset(to, 0, p_.head_dim * size_);
+      } else {
+        narrow_row(scratch_.sums.data() + r * cols_, 1.0f / sum_[r], p_.dtype, static_cast<int>(p_.head_dim), to);
+      }
     }
   }
 
@@ -334,7 +341,8 @@ class Task {
     }
   }
 
-  // Keys `first` .. first + kKeys - 1 transposed, and their values. What no row sees may hold anything, and counts as 0.
+  // Keys `first` .. first + kKeys - 1 transposed, and their values. What no row sees may hold anything, and counts as
+  // 0; so does what has no page.
   void pack_keys(int64_t first) {
     const int64_t end = context_ + p_.num_new;
     const int head_dim = static_cast<int>(p_.head_dim);
@@ -344,6 +352,7 @@ class Task {
     for (int j = 0; j < kKeys; ++j) {
       const char* key = first + j < end ? p_.kv.row(0, s_, first + j, 0) : nullptr;
       const char* value = key != nullptr ? key + p_.kv.page_size * p_.kv.row_bytes : nullptr;
+      exists_[j] = -static_cast<int32_t>(key != nullptr);
       values[j] = value != nullptr ? value + kv_head_ * head_dim * size_ : nothing;
       key = key != nullptr ? key + kv_head_ * head_dim * size_ : nothing;
       if (in_pairs_ || (p_.dtype == DType::kFloat32 && head_dim % kLanes == 0)) {
@@ -378,7 +387,7 @@ class Task {
       }
     }
     const int num_seen = static_cast<int>(std::clamp<int64_t>(seen, 0, kKeys));
-    const float factor = weigh_scores(scores, p_.scale, bias, num_seen, peak_[r], sum_[r]);
+    const float factor = weigh_scores(scores, p_.scale, bias, exists_, num_seen, peak_[r], sum_[r]);
     if (factor != 1.0f) scale_row(scratch_.sums.data() + r * cols_, factor, static_cast<int>(cols_));
     if (in_pairs_) round_row(scores, kKeys, reinterpret_cast<uint16_t*>(scratch_.weights.data() + r * kKeys / 2));
   }
@@ -392,6 +401,7 @@ class Task {
   Scratch& scratch_;
   const int64_t context_;
   Multiply multiply_;
+  int32_t exists_[kKeys];  // of the keys that are packed: -1, or 0 where there is no page
   float peak_[kRows], sum_[kRows];
 };
 

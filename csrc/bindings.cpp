@@ -39,8 +39,7 @@ T named(const char* op, const char* argument, const std::string& name, Names<T> 
 
 void check_range(const char* op, const char* argument, int64_t value, int64_t least, int64_t most,
                  const char* remedy = "") {
-  check(least <= value && value <= most, op, argument, "in " + text(least) + ".." + text(most), text(value),
-        remedy);
+  check(least <= value && value <= most, op, argument, "in " + text(least) + ".." + text(most), text(value), remedy);
 }
 
 template <class T>
@@ -55,9 +54,8 @@ const T* optional(uintptr_t address) {
 }
 
 DType dtype_of(const char* op, const std::string& name) {
-  return named<DType>(
-      op, "dtype", name,
-      {{"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}});
+  return named<DType>(op, "dtype", name,
+                      {{"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}});
 }
 
 using Strides = std::array<int64_t, 4>;  // pair, batch, row, vocab
@@ -162,9 +160,10 @@ struct Pages {
   }
 };
 
-// Where an op runs: threads of the CPU, or a stream of CUDA.
+// Where an op runs: threads of the CPU, or a stream of a CUDA device.
 struct Place {
   bool cuda;
+  int device;
   uintptr_t stream;
   int num_threads;
 };
@@ -176,7 +175,7 @@ void run(const char* name, const Op& op, const Place& place) {
   py::gil_scoped_release release;
   if (!place.cuda) return run_cpu(op, place.num_threads);
 #if defined(SJD_CUDA_ARCHS)
-  run_cuda(op, reinterpret_cast<void*>(place.stream));
+  run_cuda(op, place.device, reinterpret_cast<void*>(place.stream));
 #else
   throw std::runtime_error(std::string(name) +
                            ": this build of sjd_engine has no CUDA; build it again where nvcc is found");
@@ -190,11 +189,22 @@ bool all_wide(std::initializer_list<int64_t> values) {
 int64_t number(const void* address) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)); }
 
 void append_kv(const Pages& pages, uintptr_t keys, uintptr_t values, int64_t sequence_stride, int64_t token_stride,
-               uintptr_t context_lens, uintptr_t num_valid, int64_t num_new, const Place& place) {
+               uintptr_t context_lens, uintptr_t num_valid, uintptr_t cos, uintptr_t sin, int64_t num_new,
+               const Place& place) {
   constexpr const char* kOp = "append_kv";
   check_range(kOp, "num_new", num_new, 1, INT32_MAX);
-  AppendKV op{pages.at(kOp), required<char>(kOp, "keys", keys), required<char>(kOp, "values", values), sequence_stride,
-              token_stride,  required<int32_t>(kOp, "context_lens", context_lens), optional<int32_t>(num_valid), num_new,
+  AppendKV op{pages.at(kOp),
+              required<char>(kOp, "keys", keys),
+              required<char>(kOp, "values", values),
+              sequence_stride,
+              token_stride,
+              required<int32_t>(kOp, "context_lens", context_lens),
+              optional<int32_t>(num_valid),
+              optional<float>(cos),
+              optional<float>(sin),
+              dtype_of(kOp, pages.dtype),
+              num_new,
+              pages.head_dim,
               false};
   op.wide = all_wide(
       {number(op.kv.pages), op.kv.row_bytes, number(op.keys), number(op.values), sequence_stride, token_stride});
@@ -226,8 +236,12 @@ void gather_kv(const Pages& pages, uintptr_t out, uintptr_t context_lens, int64_
   constexpr const char* kOp = "gather_kv";
   check_range(kOp, "num_new", num_new, 0, INT32_MAX);
   check_range(kOp, "span", span, 1, INT32_MAX);
-  GatherKV op{pages.at(kOp), required<char>(kOp, "out", out), required<int32_t>(kOp, "context_lens", context_lens),
-              num_new,       span,                            false};
+  GatherKV op{pages.at(kOp),
+              required<char>(kOp, "out", out),
+              required<int32_t>(kOp, "context_lens", context_lens),
+              num_new,
+              span,
+              false};
   op.wide = all_wide({number(op.kv.pages), op.kv.row_bytes, number(op.out)});
   run(kOp, op, place);
 }
@@ -235,8 +249,7 @@ void gather_kv(const Pages& pages, uintptr_t out, uintptr_t context_lens, int64_
 void poison_kv(const Pages& pages, uintptr_t context_lens, int64_t num_slots, const Place& place) {
   constexpr const char* kOp = "poison_kv";
   check_range(kOp, "num_slots", num_slots, 1, INT32_MAX);
-  run(kOp,
-      PoisonKV{pages.at(kOp), required<int32_t>(kOp, "context_lens", context_lens), num_slots, pages.num_layers},
+  run(kOp, PoisonKV{pages.at(kOp), required<int32_t>(kOp, "context_lens", context_lens), num_slots, pages.num_layers},
       place);
 }
 
@@ -309,11 +322,14 @@ void define_paged_cache(py::module_& m) {
            "The first tokens of the prompt are written: their full pages may be shared.")
       .def(
           "fork",
-          [](PageAllocator& self, int64_t sequence, int64_t num_tokens) {
-            const auto [child, copies] = self.fork(sequence, num_tokens);
+          [](PageAllocator& self, int64_t sequence, int64_t num_tokens, int64_t capacity) {
+            const auto [child, copies] = self.fork(sequence, num_tokens, capacity);
             return py::make_tuple(child, copies);
           },
-          arg("sequence"), py::kw_only(), arg("num_tokens"), "A twin: (sequence, pages to copy as (from, to)).")
+          arg("sequence"), py::kw_only(), arg("num_tokens"), arg("capacity"),
+          "A new sequence with the first tokens of another: (sequence, pages to copy as (from, to)).")
+      .def("pages_needed_to_fork", &PageAllocator::pages_needed_to_fork, py::kw_only(), arg("num_tokens"),
+           arg("capacity"), "Free pages that `fork` would take.")
       .def("own", &PageAllocator::own, arg("sequence"), py::kw_only(), arg("first"),
            "Copy on write from token `first` on: pages to copy as (from, to).")
       .def("release", &PageAllocator::release, arg("sequence"), "Give up a sequence.")
@@ -334,12 +350,14 @@ void define_paged_cache(py::module_& m) {
            }),
            py::kw_only(), arg("pages"), arg("block_table"), arg("dtype"), arg("num_layers"), arg("num_pages"),
            arg("page_size"), arg("num_kv_heads"), arg("head_dim"), arg("num_sequences"), arg("table_width"));
-  py::class_<Place>(m, "Place", "Threads of the CPU, or a stream of CUDA.")
-      .def(py::init([](bool cuda, uintptr_t stream, int num_threads) { return Place{cuda, stream, num_threads}; }),
-           py::kw_only(), arg("cuda"), arg("stream"), arg("num_threads"));
+  py::class_<Place>(m, "Place", "Threads of the CPU, or a stream of a CUDA device.")
+      .def(py::init([](bool cuda, int device, uintptr_t stream, int num_threads) {
+             return Place{cuda, device, stream, num_threads};
+           }),
+           py::kw_only(), arg("cuda"), arg("device"), arg("stream"), arg("num_threads"));
   m.def("append_kv", &append_kv, arg("pages"), py::kw_only(), arg("keys"), arg("values"), arg("sequence_stride"),
-        arg("token_stride"), arg("context_lens"), arg("num_valid"), arg("num_new"), arg("place"),
-        "Write new tokens behind every context, in one layer. Strides in bytes.");
+        arg("token_stride"), arg("context_lens"), arg("num_valid"), arg("cos"), arg("sin"), arg("num_new"),
+        arg("place"), "Write new tokens behind every context, in one layer. Strides in bytes.");
   m.def("advance_rollback", &advance_rollback, py::kw_only(), arg("context_lens"), arg("prefix_lens"),
         arg("num_committed"), arg("num_sequences"), arg("copies"), arg("place"),
         "Move the lengths to what a pass has committed.");

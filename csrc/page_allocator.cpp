@@ -69,20 +69,17 @@ void PageAllocator::publish(int64_t id, int64_t num_tokens) {
   }
 }
 
-PageAllocator::Fork PageAllocator::fork(int64_t id, int64_t num_tokens) {
+PageAllocator::Fork PageAllocator::fork(int64_t id, int64_t num_tokens, int64_t capacity) {
   const Sequence& parent = find("fork", id);
-  const int64_t size = static_cast<int64_t>(parent.pages.size()), num_shared = num_tokens / page_size_;
-  check_range("fork", "num_tokens", num_tokens, 0, size * page_size_);
-  require_free("fork", size - num_shared);
-  Sequence child = parent;
+  check_range("fork", "num_tokens", num_tokens, 0, parent.pages.size() * page_size_);
+  check_range("fork", "capacity", capacity, std::max<int64_t>(1, num_tokens), num_pages() * page_size_);
+  require_free("fork", pages_needed_to_fork(num_tokens, capacity));
+  const int64_t num_shared = num_tokens / page_size_, known = std::min<int64_t>(num_tokens, parent.prompt.size());
+  Sequence child{{parent.pages.begin(), parent.pages.begin() + num_shared},
+                 {parent.prompt.begin(), parent.prompt.begin() + known}};
+  for (int32_t page : child.pages) ++references_[page];
+  while (static_cast<int64_t>(child.pages.size()) < pages_of(capacity)) child.pages.push_back(take());
   Fork result{next_sequence_++, {}};
-  for (int64_t i = 0; i < size; ++i) {
-    if (i < num_shared) {
-      ++references_[child.pages[i]];
-    } else {
-      child.pages[i] = take();
-    }
-  }
   if (num_tokens % page_size_) result.copies.emplace_back(parent.pages[num_shared], child.pages[num_shared]);
   sequences_.emplace(result.sequence, std::move(child));
   return result;

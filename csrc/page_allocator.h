@@ -1,7 +1,7 @@
 // Which page holds which tokens of which sequence. Host memory only: the pages themselves are paged_kv.h's.
 //
-// A sequence reserves all pages of its capacity when it is admitted, so that it never waits for one later. A page has as
-// many references as sequences hold it, and is written only while it has one. Pages full of prompt tokens are found
+// A sequence reserves all pages of its capacity when it is admitted, so that it never waits for one later. A page has
+// as many references as sequences hold it, and is written only while it has one. Pages full of prompt tokens are found
 // again by what they hold and by what stands before them.
 #pragma once
 
@@ -42,12 +42,18 @@ class PageAllocator {
   // shared. Throws PagesExhausted.
   Admission admit(const std::vector<int64_t>& prompt, int64_t capacity);
 
-  // The keys and values of the first `num_tokens` prompt tokens are written: their full pages may be shared from now on.
+  // The keys and values of the first `num_tokens` prompt tokens are written: their full pages may be shared from now
+  // on.
   void publish(int64_t sequence, int64_t num_tokens);
 
-  // A twin of the sequence, with its first `num_tokens` tokens and its capacity. Full pages are shared; what stands in
-  // the page that both write next is copied. Throws PagesExhausted.
-  Fork fork(int64_t sequence, int64_t num_tokens);
+  // Pages of the free list that `fork` would take.
+  int64_t pages_needed_to_fork(int64_t num_tokens, int64_t capacity) const {
+    return pages_of(capacity) - num_tokens / page_size_;
+  }
+
+  // A new sequence of at most `capacity` tokens that begins with the first `num_tokens` of another. Their full pages
+  // are shared; what stands in the page that both write next is copied. Throws PagesExhausted.
+  Fork fork(int64_t sequence, int64_t num_tokens, int64_t capacity);
 
   // Copy on write: the sequence may write from token `first` on, which pages that it shares would forbid. Throws
   // PagesExhausted.
@@ -72,7 +78,8 @@ class PageAllocator {
     std::vector<int64_t> prompt;
   };
 
-  // What a published page holds. The page before it lives at least as long: who refers to a page refers to those before.
+  // What a published page holds. The page before it lives at least as long: who refers to a page refers to those
+  // before.
   struct Content {
     uint64_t hash;  // of all tokens up to the page's end
     int32_t before;
@@ -95,8 +102,8 @@ class PageAllocator {
   std::vector<int32_t> free_;        // a stack: what was used last is in the caches
   std::unordered_map<int64_t, Sequence> sequences_;
   int64_t next_sequence_ = 0;
-  std::unordered_map<int32_t, Content> contents_;         // by published page
-  std::unordered_multimap<uint64_t, int32_t> index_;      // published pages by hash
+  std::unordered_map<int32_t, Content> contents_;     // by published page
+  std::unordered_multimap<uint64_t, int32_t> index_;  // published pages by hash
 };
 
 }  // namespace sjd

@@ -1,9 +1,8 @@
+#include "paged_kv.h"
+
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
-#include "paged_kv.h"
+#include "cuda_check.h"
 
 namespace sjd {
 namespace {
@@ -17,21 +16,36 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 4) each_item(Op op) {
   if (item < op.count()) op(item, threadIdx.x % kWarp, kWarp);
 }
 
+// The runtime linked into this module need not know what another one, torch's, has made the current device.
+class CurrentDevice {
+ public:
+  CurrentDevice(const char* op, int device) {
+    check_cuda(op, cudaGetDevice(&before_));
+    check_cuda(op, cudaSetDevice(device));
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_;
+};
+
 template <class Op>
-void launch(const char* name, const Op& op, void* stream) {
+void launch(const char* name, const Op& op, int device, void* stream) {
   const int64_t blocks = (op.count() + kWarpsPerBlock - 1) / kWarpsPerBlock;
   if (blocks == 0) return;
+  const CurrentDevice current(name, device);
   each_item<<<static_cast<unsigned>(blocks), kWarp * kWarpsPerBlock, 0, static_cast<cudaStream_t>(stream)>>>(op);
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+  check_cuda(name, cudaGetLastError());
 }
 
 }  // namespace
 
-void run_cuda(const AppendKV& op, void* stream) { launch("append_kv", op, stream); }
-void run_cuda(const AdvanceRollback& op, void* stream) { launch("advance_rollback", op, stream); }
-void run_cuda(const CopyPages& op, void* stream) { launch("copy_pages", op, stream); }
-void run_cuda(const GatherKV& op, void* stream) { launch("gather_kv", op, stream); }
-void run_cuda(const PoisonKV& op, void* stream) { launch("poison_kv", op, stream); }
+void run_cuda(const AppendKV& op, int device, void* stream) { launch("append_kv", op, device, stream); }
+void run_cuda(const AdvanceRollback& op, int device, void* stream) { launch("advance_rollback", op, device, stream); }
+void run_cuda(const CopyPages& op, int device, void* stream) { launch("copy_pages", op, device, stream); }
+void run_cuda(const GatherKV& op, int device, void* stream) { launch("gather_kv", op, device, stream); }
+void run_cuda(const PoisonKV& op, int device, void* stream) { launch("poison_kv", op, device, stream); }
 
 }  // namespace sjd

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "clones.h"
 #include "paged_kv.h"
 #include "thread_pool.h"
 
@@ -10,11 +11,23 @@ namespace {
 constexpr int64_t kBytesForThreads = 1 << 19;
 
 template <class Op>
+SJD_INLINE void each_item(const Op& op, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) op(i, 0, 1);
+}
+
+// Rotation is arithmetic, which an instruction set matters to.
+SJD_CLONES void run_items(const AppendKV& op, int64_t first, int64_t last) { each_item(op, first, last); }
+
+template <class Op>
+void run_items(const Op& op, int64_t first, int64_t last) {
+  each_item(op, first, last);
+}
+
+template <class Op>
 void run(const Op& op, int num_threads) {
   const int64_t count = op.count(), parts = op.bytes() < kBytesForThreads ? 1 : std::min<int64_t>(num_threads, count);
-  ThreadPool::run(parts, num_threads, [&](int64_t part) {
-    for (int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i) op(i, 0, 1);
-  });
+  ThreadPool::run(parts, num_threads,
+                  [&](int64_t part) { run_items(op, part * count / parts, (part + 1) * count / parts); });
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 
 #include "clones.h"
 #include "philox.h"
-#include "widen.h"
 
 namespace sjd {
 

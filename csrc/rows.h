@@ -5,12 +5,11 @@
 #include <cstdint>
 
 #include "arithmetic.h"
+#include "widen.h"
 
 namespace sjd {
 
 constexpr int kBlock = 256;  // tokens of a partial sum; a draw searches the sums, then one block
-
-enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 // A tensor [B, W, V], or [2, B, W, V] (conditional, unconditional) where guided. Strides in elements.
 struct Logits {

@@ -3,13 +3,16 @@
 
 #include <cstdint>
 
-#include "arithmetic.h"
+#include "bits.h"
 
 namespace sjd {
+
+enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 struct Float32 {
   using Storage = float;
   static SJD_INLINE float widen(float x) { return x; }
+  static SJD_INLINE float narrow(float x) { return x; }
 };
 
 struct BFloat16 {

@@ -43,29 +43,114 @@ VARIANTS = {
     "exact": {"accept": "match", "refresh": "gumbel", "init": "random"},
 }
 VARIANT_TARGETS = {"maximal": TARGETS, "widest": ("sm_80", "sm_90", "gfx942"), "exact": ("sm_90",)}
+SEQUENCES, KV_HEADS, GROUP, TABLE_WIDTH = 2, 8, 4, 64
+# Page size of the launches of `window_attention`: under the causal rule, a block of keys in one page, or with a tree's
+# bias, a page for each key; and of what puts their chunks together.
+ATTENTION_VARIANTS = {"causal": 64, "tree": 16, "combine": 64}
 
 
 @dataclass(frozen=True)
-class Case:
+class VerifyKernel:
     """One kernel of the matrix: `row` names a row of `launch.LAUNCHES`; the others are keys of the tables above."""
 
     target: str
     row: str
     dtype: str
     variant: str
+    function = "_verify_kernel"
 
     def __str__(self) -> str:
         return f"{self.target}-{self.row}-{self.dtype}-{self.variant}"
 
+    def launch(self) -> None:
+        """Call `verify` on tensors whose values nobody reads."""
+        from . import verify
+
+        row = next(row for row in launch.LAUNCHES if row.name == self.row)
+        vocab_size, num_tokens = row.max_vocab or TILED_VOCAB, ROWS * COLS
+        every = self.variant == "widest"
+        floats, ints = torch.ones(BATCH_SIZE), torch.ones(BATCH_SIZE, dtype=torch.int64)
+        positions = torch.empty(num_tokens, dtype=torch.int64)
+        state = WindowState.new(BATCH_SIZE, num_tokens, WINDOW_SIZE, "cpu")
+        logits = torch.empty(2, BATCH_SIZE, WINDOW_SIZE, vocab_size, dtype=DTYPES[self.dtype])
+        state.previous_logits = torch.empty_like(logits)
+        verify(
+            logits,
+            state,
+            Grid(positions if every else None, positions, positions, COLS),
+            window_size=WINDOW_SIZE,
+            seeds=ints,
+            guidance_scale=floats,
+            temperature=floats if every else None,
+            top_k=ints,
+            top_p=floats if every else None,
+            reuse_threshold=floats,
+            **VARIANTS[self.variant],
+        )
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """One kernel of the matrix: `row` names a row of the dtype's `launch.attention_table`, `variant` is a key of the
+    table above."""
+
+    target: str
+    row: str
+    dtype: str
+    head_dim: int
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.target}-attention-{self.row}-{self.dtype}-d{self.head_dim}-{self.variant}"
+
+    @property
+    def function(self) -> str:
+        return "_combine_kernel" if self.variant == "combine" else "_attend_kernel"
+
+    @property
+    def blocks(self) -> launch.AttentionLaunch:
+        """The row of the table."""
+        return next(row for row in launch.attention_table(DTYPES[self.dtype]) if row.name == self.row)
+
+    def launch(self) -> None:
+        """Call `window_attention` on tensors whose values nobody reads."""
+        from .attention import window_attention
+
+        dtype, num_new = DTYPES[self.dtype], self.blocks.rows // GROUP
+        table = torch.empty(SEQUENCES, TABLE_WIDTH, dtype=torch.int32)
+        window_attention(
+            torch.empty(SEQUENCES, num_new, KV_HEADS * GROUP, self.head_dim, dtype=dtype),
+            torch.empty(1, 2, ATTENTION_VARIANTS[self.variant], KV_HEADS, self.head_dim, dtype=dtype),
+            table,
+            table[0, :SEQUENCES],
+            span=TABLE_WIDTH * 16,
+            window_bias=torch.empty(num_new, num_new) if self.variant == "tree" else None,
+        )
+
+
+Case = VerifyKernel | AttentionKernel
+
 
 def matrix() -> list[Case]:
-    """Every row of the launch table for every NVIDIA target and dtype; AMD and the other variants in bfloat16."""
+    """`verify`: every row of its table for every NVIDIA target and dtype; AMD and the other variants in bfloat16.
+    `window_attention`: what takes most registers for every target, the rest where compilers differ most."""
     return [
-        Case(target, row.name, dtype, variant)
-        for variant, targets in VARIANT_TARGETS.items()
-        for row in launch.LAUNCHES
-        for target in targets
-        for dtype in (DTYPES if variant == "maximal" and target in CUDA_TARGETS else ("bf16",))
+        *(
+            VerifyKernel(target, row.name, dtype, variant)
+            for variant, targets in VARIANT_TARGETS.items()
+            for row in launch.LAUNCHES
+            for target in targets
+            for dtype in (DTYPES if variant == "maximal" and target in CUDA_TARGETS else ("bf16",))
+        ),
+        *(AttentionKernel(target, "rows-64", "bf16", 128, "tree") for target in TARGETS),
+        *(AttentionKernel(target, "rows-64", "bf16", 128, "combine") for target in ("sm_90", "gfx942")),
+        *(
+            AttentionKernel(target, row, "bf16", 128, "causal")
+            for row in ("rows-16", "rows-32")
+            for target in ("sm_80", "sm_90", "gfx942")
+        ),
+        AttentionKernel("sm_90", "rows-64", "bf16", 64, "causal"),
+        AttentionKernel("sm_80", "rows-32", "fp32", 128, "tree"),
     ]
 
 
@@ -81,7 +166,7 @@ class Resources:
     atomics: instructions on global memory.
     atomic_after_barrier: a barrier stands between the last store to global memory before the first atomic and it, so
         that a ticket announces what every thread of the program has stored.
-    wide_loads: instructions that load 16 bytes of global memory.
+    wide_loads: instructions that load 16 bytes of global memory, to registers or shared memory.
     """
 
     registers: int
@@ -165,7 +250,7 @@ def inspect_cuda(kernel: Any) -> Resources:
         threads=kernel.metadata.num_warps * 32,
         atomics=atomics,
         atomic_after_barrier=after_barrier,
-        wide_loads=len(re.findall(r"\bLDG\.E[.\w]*\.128\b", text)),
+        wide_loads=len(re.findall(r"\bLDG(?:STS)?\.E[.\w]*\.128\b", text)),
     )
 
 
@@ -222,36 +307,9 @@ def ticket(listing: str, mnemonics: Mnemonics) -> tuple[int, bool]:
 def compile_case(case: Case) -> Resources:
     """Compile what the launcher launches in `case`."""
     with compile_only(case.target) as kernels:
-        launch_verify(case)
-    (kernel,) = kernels  # one launch
+        case.launch()
+    (kernel,) = (kernel for kernel in kernels if kernel.name == case.function)  # one launch of it
     return inspect(kernel)
-
-
-def launch_verify(case: Case) -> None:
-    """Call `verify` on tensors whose values nobody reads."""
-    from . import verify
-
-    row = next(row for row in launch.LAUNCHES if row.name == case.row)
-    vocab_size, num_tokens = row.max_vocab or TILED_VOCAB, ROWS * COLS
-    every = case.variant == "widest"
-    floats, ints = torch.ones(BATCH_SIZE), torch.ones(BATCH_SIZE, dtype=torch.int64)
-    positions = torch.empty(num_tokens, dtype=torch.int64)
-    state = WindowState.new(BATCH_SIZE, num_tokens, WINDOW_SIZE, "cpu")
-    logits = torch.empty(2, BATCH_SIZE, WINDOW_SIZE, vocab_size, dtype=DTYPES[case.dtype])
-    state.previous_logits = torch.empty_like(logits)
-    verify(
-        logits,
-        state,
-        Grid(positions if every else None, positions, positions, COLS),
-        window_size=WINDOW_SIZE,
-        seeds=ints,
-        guidance_scale=floats,
-        temperature=floats if every else None,
-        top_k=ints,
-        top_p=floats if every else None,
-        reuse_threshold=floats,
-        **VARIANTS[case.variant],
-    )
 
 
 def compile_cases(cases: list[Case], num_processes: int = 2) -> Iterator[Resources]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -58,3 +60,60 @@ def options(vocab_size: int, backend: str) -> dict[str, object]:
     """
     found: dict[str, object] = {"num_warps": choose(vocab_size).num_warps, "enable_fp_fusion": False}
     return found | {"maxnreg": 255} if backend == "cuda" else found
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+# Keys of a program. 4096 tokens are 16 chunks, so that two sequences of 8 kv heads are 256 programs. A multiple of the
+# keys of every block.
+CHUNK = 256
+MAX_HEAD_DIM = 128
+ATTENTION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """One row of a table. A row of attention is one query head of one window token.
+
+    max_rows: the most rows of a kv head that this row of the table serves; None for any.
+    rows, keys: of a block, which a program holds in registers at once.
+    num_warps: of a program. num_stages: blocks of keys and values in shared memory at once.
+    """
+
+    name: str
+    max_rows: int | None
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# The widest blocks that spill nothing at a head dim of 128, with a tree's bias and small pages, on any of the targets
+# that are compiled for: 64 rows by 64 keys spill on gfx942 and sm_100.
+HALF_LAUNCHES = (
+    AttentionLaunch("rows-16", 16, 16, 64, 4, 2),
+    AttentionLaunch("rows-32", 32, 32, 64, 4, 2),
+    AttentionLaunch("rows-64", None, 64, 32, 8, 3),
+)
+# Products that round as float32 does run without tensor cores, and take many registers.
+FLOAT32_LAUNCHES = (AttentionLaunch("rows-32", None, 32, 32, 8, 2),)
+
+
+def attention_table(dtype: torch.dtype) -> tuple[AttentionLaunch, ...]:
+    """The rows for queries, keys and values of `dtype`."""
+    return FLOAT32_LAUNCHES if dtype == torch.float32 else HALF_LAUNCHES
+
+
+def choose_attention(num_rows: int, dtype: torch.dtype) -> AttentionLaunch:
+    """The first row of the dtype's table that serves `num_rows`."""
+    return next(row for row in attention_table(dtype) if row.max_rows is None or num_rows <= row.max_rows)
+
+
+def block_dim(head_dim: int) -> int:
+    """The power of two that a head dim is padded to; products ask for 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def combine_rows(head_dim: int) -> int:
+    """Rows of a program that puts chunks together."""
+    return 256 // block_dim(head_dim)

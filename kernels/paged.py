@@ -26,12 +26,20 @@ def append_kv(
     keys: Tensor,
     values: Tensor,
     num_valid: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """Write keys and values [S, N, KH, D] behind every context. Tokens without a page are skipped.
 
     Args:
         num_valid: [S] int32, how many of the N tokens exist; None for all.
+        cos, sin: [S, N, D] float32, rows of a rotary table (see `models.rope`) that the keys are rotated by first, in
+            float32 and rounded once; None for keys as they are.
     """
+    if cos is not None and sin is not None:
+        wide = keys.float()
+        turned = wide.roll(wide.shape[-1] // 2, -1)
+        keys = (wide * cos[:, :, None] + turned * sin[:, :, None]).to(pages.dtype)
     new = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
     page, slot, written = slots(pages, block_table, context_lens.long()[:, None] + new)
     if num_valid is not None:
@@ -62,7 +70,8 @@ def window_attention(
     window_bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * queries . keys) values over a context and the window behind it, bottom-right causal: token i of
-    the window sees the whole context and window tokens 0..i.
+    the window sees the whole context and window tokens 0..i. Tokens without a page are hidden; a row that sees nothing
+    gives 0.
 
     Args:
         queries: [S, N, H, D]; query head h reads kv head h // (H / KH).
@@ -74,23 +83,26 @@ def window_attention(
     """
     num_new, num_heads = queries.shape[1:3]
     keys, values = gather_kv(pages, block_table, context_lens, num_new=num_new, span=span)
-    new = torch.arange(span, device=queries.device) - context_lens.long()[:, None]  # [S, span]: index in the window
+    positions = torch.arange(span, device=queries.device).expand(len(queries), -1)
+    new = positions - context_lens[:, None]  # [S, span]: index in the window
+    hidden = ~slots(pages, block_table, positions)[2][:, None]
     if window_bias is None:
-        hidden = new[:, None] > torch.arange(num_new, device=queries.device)[:, None]
+        hidden = hidden | (new[:, None] > torch.arange(num_new, device=queries.device)[:, None])
         mask = torch.zeros(hidden.shape, dtype=queries.dtype, device=queries.device)
-        mask.masked_fill_(hidden, float("-inf"))
     else:
-        bias = window_bias.expand(len(queries), -1, -1)
+        hidden = hidden | (new[:, None] >= num_new)
         column = new.clamp(0, num_new - 1)[:, None].expand(-1, num_new, -1)
-        mask = torch.where(new[:, None] < 0, 0.0, bias.gather(2, column))
-        mask = mask.masked_fill(new[:, None] >= num_new, float("-inf")).to(queries.dtype)
+        bias = window_bias.expand(len(queries), -1, -1).gather(2, column)
+        mask = torch.where(new[:, None] < 0, 0.0, bias).to(queries.dtype)
+    mask = mask.masked_fill(hidden, float("-inf"))
     # The query heads of a kv head stand as extra rows of it: no copy of keys or values for grouped queries.
     group = num_heads // keys.shape[2]
     rows = queries.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     out = F.scaled_dot_product_attention(
         rows, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask[:, None].repeat(1, 1, group, 1), scale=scale
     )
-    return out.unflatten(2, (group, num_new)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
+    out = out.unflatten(2, (group, num_new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return out.masked_fill((mask == float("-inf")).all(-1)[..., None, None], 0).contiguous()
 
 
 def advance_rollback(context_lens: Tensor, prefix_lens: Tensor, num_committed: Tensor) -> None:

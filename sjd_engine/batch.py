@@ -1,135 +1,206 @@
 """Images that are decoded together."""
 
 import os
-import time
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.graph import StepGraphs
 from sjd_engine.models import ImageModel
-from sjd_engine.outputs import ImageStats, StepInfo
+from sjd_engine.models.base import Context
+from sjd_engine.outputs import ImageStats
+from sjd_engine.prompt_cache import PromptCache
 from sjd_engine.request import Request
 
 POISON = "SJD_POISON"  # environment variable: fill rejected slots of the cache with NaN, so that a stale read shows
 
 
 class Batch:
-    """Decoder, cache and the model between them; every image advances at its own pace.
+    """Decoder, cache and the model between them. Every image advances at its own pace; images come and go.
 
     Args:
-        indices: which images of the request.
+        model: the transformer and its embeddings.
+        prompts: where the prompts stand; the images take pages from the same pool.
+        request: one of those whose images are decoded; all of them have its `group`.
+        num_rows: images at once.
         batch_invariant: give the transformer one image at a time, so that its matrix products have the same shapes, and
-            hence the same rounding, whatever else is in the batch. Images that are complete then cost nothing.
+            hence the same rounding, whatever else is in the batch.
+        graphs: replay each pass as a CUDA graph.
     """
 
-    def __init__(self, model: ImageModel, request: Request, indices: list[int], *, batch_invariant: bool):
-        self.model, self.indices = model, indices
+    def __init__(
+        self,
+        model: ImageModel,
+        prompts: PromptCache,
+        request: Request,
+        num_rows: int,
+        *,
+        batch_invariant: bool,
+        graphs: bool = False,
+    ):
+        self.model, self.prompts, self.num_rows, self.group = model, prompts, num_rows, request.group
+        # One row more, which is always vacant: graphs of a fixed number of rows are filled up with it.
         self.decoder = JacobiDecoder(
-            batch_size=len(indices),
+            batch_size=num_rows + 1,
             num_tokens=request.schedule.num_tokens,
             vocab_size=model.num_codes,
             window_size=request.window_size,
             method=request.method.name,
             params=request.params,
-            seeds=[request.seeds[i] for i in indices],
+            seeds=[0] * (num_rows + 1),
             schedule=request.schedule,
             init=request.init,
             reuse_threshold=request.reuse_threshold,
             device=model.device,
         )
-        prompts = [request.prompts[i] for i in indices]
-        if self.decoder.guided:  # the two contexts of an image lie side by side
-            contexts = [context for p in prompts for context in (p.conditional, p.unconditional)]
-        else:
-            contexts = [p.conditional for p in prompts]
-        self._copies = len(contexts) // len(indices)
-        longest = max(map(len, contexts))
-        self._prefix_lengths = [len(context) - 1 for context in contexts]
-        self._prompt = torch.zeros(len(contexts), longest, dtype=torch.int64)
-        for row, context in zip(self._prompt, contexts, strict=True):
-            row[: len(context)] = torch.tensor(context)
-        self._anchor_ids = torch.tensor([context[-1] for context in contexts]).to(model.device)
-        self._prefix_lens = torch.tensor(self._prefix_lengths, dtype=torch.int32).to(model.device)
-        capacity = longest + request.schedule.num_tokens + 2 * self.decoder.window_size
-        poison = self.decoder.window_size if os.environ.get(POISON) else 0
-        self.kv_cache = model.transformer.new_cache(len(contexts), capacity, poison=poison)
-        self._group_size = 1 if batch_invariant else len(indices)
-        self._passes = 0
-        # Tokens each image has committed, or more: the device is not asked in every pass.
-        self._at_most = [0] * len(indices)
-        self._seconds: list[float | None] = [None] * len(indices)
+        for row in range(num_rows + 1):
+            self.decoder.end(row)
+        self._copies = 2 if self.decoder.guided else 1  # sequences of an image; a guided pair lies side by side
+        num_sequences = self._copies * (num_rows + 1)
+        capacity = model.transformer.config.max_positions + self.decoder.window_size
+        self.kv_cache = prompts.kv_cache.sibling(num_sequences, capacity)
+        self.kv_cache.poison = self.decoder.window_size if os.environ.get(POISON) else 0
+        hidden, dtype = model.transformer.config.hidden_size, model.transformer.dtype
+        self._anchors = torch.zeros(num_sequences, hidden, dtype=dtype, device=model.device)
+        self._prefix_lens = torch.zeros(num_sequences, dtype=torch.int32, device=model.device)
+        # Of this pass, and of the one before, from which the decoder computes the laws of its drafts.
+        pair = (self._copies,) if self.decoder.guided else ()
+        shape = (*pair, num_rows + 1, self.decoder.window_size, model.num_codes)
+        self._logits = [torch.empty(shape, device=model.device) for _ in range(2)]
+        self._parity = 0
+        self._contexts: list[list[Context]] = [[] for _ in range(num_rows)]  # of each row; empty where it is vacant
+        # Tokens each row's cache holds, or more: the device is not asked in every pass.
+        self._at_most = [0] * num_rows
+        self._ends = [0] * num_rows  # what it holds in the end
+        self._invariant = batch_invariant
+        self._graphs = StepGraphs(self._fixed_pass, num_rows, model.device) if graphs else None
 
-    def run(self, poll_every: int = 1) -> Iterator[StepInfo]:
-        """Decode to the end, telling of every `poll_every`-th pass; in between the host waits for nothing."""
-        started = time.perf_counter()
-        while None in self._seconds:
-            for _ in range(poll_every):
-                self.step()
-            seconds = time.perf_counter() - started
-            self._at_most = committed = self.decoder.num_committed.tolist()  # sync: the poll
-            for row, count in enumerate(committed):
-                if count == self.decoder.num_tokens and self._seconds[row] is None:
-                    self._seconds[row] = seconds
-            yield StepInfo(self.indices, committed, self.decoder.num_tokens, self._passes, seconds)
+    # --------------------------------------------------------------------------------------------- images come and go
+
+    @property
+    def rows(self) -> list[int]:
+        """Those with an image."""
+        return [row for row, contexts in enumerate(self._contexts) if contexts]
+
+    @property
+    def full(self) -> bool:
+        return all(self._contexts)
+
+    def begin(self, request: Request, index: int) -> int:
+        """Begin image `index` of `request` in a vacant row, and compute its prompt where it is not there yet. All pages
+        that the image will ever need are reserved.
+
+        Returns: its row.
+        Raises: PagesExhausted where too few pages are free; nothing has changed then.
+        """
+        row = next(row for row, contexts in enumerate(self._contexts) if not contexts)
+        prompt = request.prompts[index]
+        contexts = [prompt.conditional, prompt.unconditional][: self._copies]
+        self.decoder.begin(row, request.seeds[index], request.params, request.reuse_threshold)
+        try:
+            for context in contexts:
+                self._admit(row * self._copies + len(self._contexts[row]), context)
+                self._contexts[row].append(context)
+        except BaseException:
+            self.end(row)
+            raise
+        self._at_most[row] = max(map(len, contexts)) - 1
+        self._ends[row] = self._at_most[row] + self.decoder.num_tokens
+        return row
+
+    def _admit(self, sequence: int, context: Context) -> None:
+        """Reserve the pages of one sequence, which begins with `context`."""
+        prefix = len(context) - 1
+        capacity = prefix + self.decoder.num_tokens
+        if prefix:
+            prompt = self.prompts.hold(context)
+            try:
+                self.kv_cache.fork(prompt, sequence, prefix, capacity, parent=self.prompts.kv_cache)
+            except BaseException:
+                self.prompts.drop(context)
+                raise
+        else:
+            self.kv_cache.admit(sequence, capacity, first_position=context.first_position)
+        self._anchors[sequence] = self.model.context_embeddings(context)[-1]
+        self._prefix_lens[sequence] = prefix
+
+    def end(self, row: int) -> None:
+        """Give up `row` and its pages."""
+        self.decoder.end(row)
+        for copy, context in enumerate(self._contexts[row]):
+            self.kv_cache.release(row * self._copies + copy)
+            if len(context) > 1:
+                self.prompts.drop(context)
+        self._contexts[row] = []
+
+    # ------------------------------------------------------------------------------------------------------ the loop
 
     def step(self) -> None:
-        """One pass: the window through the transformer, verified, and the cache rolled back."""
-        ids, _ = self.decoder.window()
-        logits = self.forward(ids)
-        result = self.decoder.verify(logits)
-        self.kv_cache.advance(self._prefix_lens, result.num_committed)
-        self._passes += 1
-        most = self.decoder.num_tokens
-        self._at_most = [min(count + self.decoder.window_size, most) for count in self._at_most]
+        """One pass: the windows through the transformer, verified, and the cache rolled back."""
+        rows = self.rows
+        if self._graphs is None:
+            groups = [[row] for row in rows] if self._invariant else [rows]
+            device = self.model.device
+            self._pass(
+                [(torch.tensor(g, device=device), max(self._at_most[row] for row in g)) for g in groups], self._parity
+            )
+        else:
+            self._graphs.run(rows, self._parity)
+        self._parity = 1 - self._parity
+        for row in rows:
+            self._at_most[row] = min(self._at_most[row] + self.decoder.window_size, self._ends[row])
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of the window ids [B, W]: [B, W, V], or [2, B, W, V] with guidance."""
-        size = self._group_size
-        groups = [self._forward_images(ids[i : i + size], i) for i in range(0, len(ids), size)]
-        logits = (torch.cat(groups) if len(groups) > 1 else groups[0]).unflatten(0, (-1, self._copies))
+    def _fixed_pass(self, rows: Tensor, parity: int) -> None:
+        """A pass whose shapes depend on the number of rows alone."""
+        self._pass([(rows, self.kv_cache.capacity - self.decoder.window_size)], parity)
+
+    def _pass(self, groups: list[tuple[Tensor, int]], parity: int) -> None:
+        """The pass itself: reads and writes nothing but tensors of the batch, in place, and waits for nothing.
+
+        Args:
+            groups: row numbers, and a bound of the tokens that their sequences hold, for each call of the transformer.
+            parity: which logits are written; the others are those of the pass before.
+        """
+        ids, _ = self.decoder.window()
+        logits = self._logits[parity]
+        for rows, longest in groups:
+            logits.index_copy_(logits.ndim - 3, rows, self._forward(ids[rows], rows, longest))
+        result = self.decoder.verify(logits, self._logits[1 - parity])
+        self.kv_cache.advance(self._prefix_lens, result.num_committed)
+
+    def _forward(self, ids: Tensor, rows: Tensor, longest: int) -> Tensor:
+        """Logits [R, W, V], or [2, R, W, V] with guidance, of the windows ids [R, W] of some rows."""
+        sequences = (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
+        windows = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), self._anchors[sequences])
+        hidden = self.model.transformer(windows, self.kv_cache.select(sequences, longest))
+        logits = self.model.transformer.logits(hidden).unflatten(0, (-1, self._copies))
         return logits.transpose(0, 1) if self.decoder.guided else logits.squeeze(1)
 
-    def _forward_images(self, ids: Tensor, first: int) -> Tensor:
-        """Logits [copies * images, W, V] of the window ids of some images, `first` the first of them. The first pass
-        takes the prompts along, so that they cost no pass of their own."""
-        if None not in self._seconds[first : first + len(ids)]:
-            return torch.zeros(self._copies * len(ids), ids.shape[1], self.model.num_codes, device=ids.device)
-        rows = slice(first * self._copies, (first + len(ids)) * self._copies)
-        window = self.model.window_token_ids(ids.repeat_interleave(self._copies, 0), self._anchor_ids[rows])
-        prefix = max(self._prefix_lengths[rows])
-        longest = prefix + max(self._at_most[first : first + len(ids)])
-        slots = None
-        if self._passes == 0:
-            prompt = F.pad(self._prompt[rows, :prefix], (0, ids.shape[1])).to(ids.device)
-            slots = self._prefix_lens[rows, None].long() + torch.arange(ids.shape[1], device=ids.device)
-            window, longest = prompt.scatter(1, slots, window), 0
-        hidden = self.model.transformer(window, self.kv_cache.narrow(rows, longest))
-        if slots is not None:
-            hidden = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.model.transformer.logits(hidden)
+    def num_committed(self) -> list[int]:
+        """Tokens of every row so far."""
+        committed = self.decoder.num_committed.tolist()  # sync: the poll
+        for row in self.rows:
+            self._at_most[row] = self._ends[row] - self.decoder.num_tokens + committed[row]
+        return committed[: self.num_rows]
 
-    def codes(self) -> Tensor:
-        """[B, rows * cols] int64 image codes: committed, drafted, or without meaning."""
+    # ------------------------------------------------------------------------------------------------------- results
+
+    def codes(self, row: int) -> Tensor:
+        """[rows * cols] int64 image codes of the image in `row`: committed, drafted, or without meaning."""
         image = self.decoder.schedule.image_positions.to(self.decoder.device)
-        return self.decoder.draft_ids[:, image]
+        return self.decoder.draft_ids[row, image]
 
-    def stats(self) -> list[ImageStats]:
-        """Statistics of every image of the batch."""
+    def stats(self, row: int, seconds: float) -> ImageStats:
+        """Statistics of the image in `row`."""
         schedule, stats = self.decoder.schedule, self.decoder.stats
-        maps = stats.commit_pass[:, schedule.image_positions].view(-1, schedule.rows, schedule.cols)
-        return [
-            ImageStats(
-                nfe=stats.iterations[row],
-                num_tokens=schedule.num_tokens,
-                committed_per_pass=stats.committed_per_pass[row],
-                seconds=self._seconds[row] or 0.0,
-                acceptance_map=maps[row].numpy(),
-                zero_residual=stats.zero_residual[row],
-                nonfinite_rows=stats.nonfinite_rows[row],
-                zero_draft_prob=stats.zero_draft_prob[row],
-            )
-            for row in range(len(self.indices))
-        ]
+        return ImageStats(
+            nfe=stats.iterations[row],
+            num_tokens=schedule.num_tokens,
+            committed_per_pass=stats.committed_per_pass[row],
+            seconds=seconds,
+            acceptance_map=stats.commit_pass[row, schedule.image_positions].view(schedule.rows, schedule.cols).numpy(),
+            zero_residual=stats.zero_residual[row],
+            nonfinite_rows=stats.nonfinite_rows[row],
+            zero_draft_prob=stats.zero_draft_prob[row],
+        )

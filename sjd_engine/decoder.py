@@ -12,6 +12,18 @@ from sjd_engine.methods import check_init, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
+# What of a `WindowState` belongs to one sequence alone; the rest is scratch, or is not read in a first pass.
+ROW_STATE = (
+    "tokens",
+    "num_committed",
+    "iteration",
+    "commit_pass",
+    "law_row",
+    "zero_residual",
+    "nonfinite_rows",
+    "zero_draft_prob",
+)
+
 
 @dataclass(frozen=True)
 class DecodeStats:
@@ -96,18 +108,17 @@ class JacobiDecoder:
         self.reuse_threshold = reuse_threshold
         self.device = torch.device(device)
         self._grid = schedule.grid(self.device)
+        self._row_params = [self.params] * batch_size
         self._reuse_threshold = torch.full((batch_size,), float(reuse_threshold), device=self.device)
         self._seeds = torch.tensor([signed_64(seed) for seed in seeds], device=self.device)
         self.warp_arguments = self.params.warp_arguments(batch_size, vocab_size, self.device)
-        self._state = ops.WindowState.new(batch_size, num_tokens, self.window_size, self.device)
-        ops.start(
-            self._state,
-            self._grid,
-            window_size=self.window_size,
-            init=self.init,
-            seeds=self._seeds,
-            vocab_size=vocab_size,
-        )
+        self._state = self._first_state(self._seeds)
+
+    def _first_state(self, seeds: Tensor) -> ops.WindowState:
+        state = ops.WindowState.new(len(seeds), self.num_tokens, self.window_size, self.device)
+        arguments = {"window_size": self.window_size, "init": self.init, "vocab_size": self.vocab_size}
+        ops.start(state, self._grid, seeds=seeds, **arguments)
+        return state
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -127,13 +138,15 @@ class JacobiDecoder:
         past = slots > self.num_tokens
         return ids.masked_fill(past, 0), (slots - 1).masked_fill(past, self.num_tokens)
 
-    def verify(self, logits: Tensor) -> ops.VerifyResult:
+    def verify(self, logits: Tensor, previous_logits: Tensor | None = None) -> ops.VerifyResult:
         """One pass: slot i of `logits` predicts position positions[:, i] + 1.
 
         Args:
             logits: [B, W, V], or [2, B, W, V] (conditional, unconditional) where guidance_scale > 1. bfloat16, float16
                 or float32, any strides. Must keep its values until the next call returns: the law of the next drafts is
                 computed from it again, so that no probabilities are stored.
+            previous_logits: those of the last pass, where this decoder did not see it because a CUDA graph replayed it;
+                None for those of the last call.
         Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
         Raises: ValueError where the shape differs; the state is unchanged.
         """
@@ -142,6 +155,8 @@ class JacobiDecoder:
         if tuple(logits.shape) != expected:
             names = "[2, B, W, V]" if self.guided else "[B, W, V]"
             raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
+        if previous_logits is not None and ops.reads_previous_logits(self.method.accept, self.window_size):
+            self._state.previous_logits = previous_logits
         previous = None if torch.compiler.is_compiling() else self._state.previous_logits
         if previous is not None and previous.dtype != logits.dtype:
             raise ValueError(f"verify: logits must stay {previous.dtype} from pass to pass, got {logits.dtype}")
@@ -162,6 +177,45 @@ class JacobiDecoder:
             reuse_threshold=self._reuse_threshold,
             **self.warp_arguments,
         )
+
+    # ---------------------------------------------------------------------------------------- sequences come and go
+
+    def begin(
+        self, row: int, seed: int, params: SamplingParams | None = None, reuse_threshold: float | None = None
+    ) -> None:
+        """Begin another image in `row`; what stood there is forgotten, the other rows do not notice. No sync.
+
+        Args:
+            row: in 0..B-1.
+            seed: of the new image.
+            params, reuse_threshold: None for those of the decoder. Whether guidance, temperature, top-k and top-p are
+                in use at all is the same for all rows.
+        Raises: ValueError, TypeError; nothing has changed then.
+        """
+        params = self.params if params is None else params
+        expected, got = self.params.in_use(self.vocab_size), params.in_use(self.vocab_size)
+        if got != expected:
+            raise ValueError(f"begin: params must use {', '.join(expected) or 'nothing'} as the other rows, got {got}")
+        self._seeds[self._check_row("begin", row)] = signed_64(seed)
+        for name, column in params.warp_arguments(1, self.vocab_size, self.device).items():
+            if column is not None:
+                mine = self.warp_arguments[name]
+                assert mine is not None
+                mine[row : row + 1] = column
+        self._row_params[row] = params
+        self._reuse_threshold[row] = self.reuse_threshold if reuse_threshold is None else reuse_threshold
+        first = self._first_state(self._seeds[row : row + 1])
+        for name in ROW_STATE:
+            getattr(self._state, name)[row : row + 1] = getattr(first, name)
+
+    def end(self, row: int) -> None:
+        """Let `row` take no part in later passes. No sync."""
+        self._state.num_committed[self._check_row("end", row)] = self.num_tokens
+
+    def _check_row(self, op: str, row: int) -> int:
+        if not 0 <= row < self.batch_size:
+            raise ValueError(f"{op}: row must be in 0..{self.batch_size - 1}, got {row}")
+        return row
 
     # ------------------------------------------------------------------------------------------------------- results
 
@@ -237,8 +291,8 @@ class JacobiDecoder:
             "init": self.init,
             "window_size": self.window_size,
             "vocab_size": self.vocab_size,
-            "params": vars(self.params),
-            "reuse_threshold": self.reuse_threshold,
+            "params": [vars(params) for params in self._row_params],
+            "reuse_threshold": self._reuse_threshold.tolist(),  # sync: preemption
             "seeds": self._seeds.tolist(),  # sync: preemption
             "schedule": (self.schedule.rows, self.schedule.cols, dict(self.schedule.forced)),
         }

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sjd_engine.batch import Batch
+from sjd_engine import native
 from sjd_engine.images import convert
+from sjd_engine.kv_cache import PAGE_SIZE
 from sjd_engine.models import ImageModel, load_model
-from sjd_engine.outputs import Generation, ImageStats, StepInfo, StreamEvent
-from sjd_engine.request import Request, at_least, make_request
+from sjd_engine.outputs import Finished, Generation, StepInfo, StreamEvent
+from sjd_engine.request import at_least, make_request
+from sjd_engine.schedule import Schedule
+from sjd_engine.scheduler import Image, Job, Scheduler
 
 POLL_EVERY = 8  # passes that a GPU may run ahead of the host, which needs to know only when an image is complete
 UNKNOWN_GREY = 0.5  # pixels of a preview that have no token yet
+SPARE_PROMPT_TOKENS = 256  # of each sequence, in the default size of the cache
 
 
 class Engine:
@@ -27,10 +32,14 @@ class Engine:
         model: "emoji" (bundled), a checkpoint folder, or a loaded ImageModel.
         device: None takes CUDA where there is one, else the CPU.
         dtype: of the transformer; None takes bfloat16 where the device computes in it, else float32.
-        max_batch_size: images decoded together; more are taken in turn.
+        max_batch_size: images decoded together; more wait, and each begins when another is complete.
         batch_invariant: an image is bit for bit the same alone and in any batch, at the price of one transformer call
             for each image of a pass. None takes it in float32, where reproducing an image is worth it. Without it the
             batch changes the rounding of the logits, and now and then a token.
+        page_size: tokens of a page of the key/value cache.
+        kv_cache_bytes: size of that cache; None takes what `max_batch_size` guided images of the default size need. It
+            is taken with the first request.
+        cuda_graphs: replay passes as CUDA graphs; None does on a GPU unless `batch_invariant` forbids it.
     Raises: CheckpointError where the model cannot be loaded, ValueError for bad arguments.
 
         >>> out = Engine("emoji").generate("a red apple", seed=1)
@@ -45,6 +54,9 @@ class Engine:
         dtype: torch.dtype | None = None,
         max_batch_size: int = 8,
         batch_invariant: bool | None = None,
+        page_size: int = PAGE_SIZE,
+        kv_cache_bytes: int | None = None,
+        cuda_graphs: bool | None = None,
     ):
         self.max_batch_size = at_least("max_batch_size", max_batch_size, 1)
         if isinstance(model, ImageModel):
@@ -56,6 +68,16 @@ class Engine:
             raise TypeError(f"model: expected a name, a checkpoint folder or an ImageModel, got {model!r}")
         exact = self.model.transformer.dtype == torch.float32
         self.batch_invariant = exact if batch_invariant is None else batch_invariant
+        self.page_size = at_least("page_size", page_size, 1)
+        self.kv_cache_bytes = None if kv_cache_bytes is None else at_least("kv_cache_bytes", kv_cache_bytes, 1)
+        can_capture = self.model.device.type == "cuda" and native.has_cuda() and not self.batch_invariant
+        if cuda_graphs and not can_capture:
+            raise ValueError(
+                "cuda_graphs: expected a model on a CUDA device, batch_invariant=False and sjd_engine built with CUDA"
+            )
+        self.cuda_graphs = can_capture if cuda_graphs is None else cuda_graphs
+        self._jobs: dict[int, Job] = {}  # submitted, and not collected yet
+        self._next_id = 0
 
     def generate(
         self,
@@ -116,33 +138,19 @@ class Engine:
             reuse_threshold=reuse_threshold,
             output_type=output_type,
         )
-        asked = callback_on_step is not None or self.model.device.type == "cpu"
-        poll_every = 1 if asked else POLL_EVERY
         show = sys.stderr.isatty() if progress is None else progress
         total = len(request.seeds) * request.schedule.num_tokens
-        token_ids: list[Tensor] = []
-        stats: list[ImageStats] = []
         with tqdm(total=total, unit="token", desc=request.method.name, disable=not show) as bar:
-            finished = 0
-            for batch in self._batches(request):
-                for info in batch.run(poll_every):
-                    bar.update(finished * request.schedule.num_tokens + sum(info.num_committed) - bar.n)
-                    if callback_on_step is not None:
-                        callback_on_step(info)
-                finished += len(batch.indices)
-                token_ids.append(batch.codes())
-                stats += batch.stats()
-        nonfinite = sum(image.nonfinite_rows for image in stats)
-        if nonfinite:
-            warnings.warn(
-                f"{nonfinite} rows of logits had no finite entry and were taken as uniform: damaged weights, or "
-                f"overflow in {self.model.transformer.dtype}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        codes = torch.cat(token_ids)
-        images = None if output_type == "codes" else convert(self._decode(codes, request), output_type)
-        return Generation(images, codes, stats, request.seeds)
+
+            def on_step(info: StepInfo) -> None:
+                bar.update(sum(info.num_committed) - bar.n)
+                if callback_on_step is not None:
+                    callback_on_step(info)
+
+            job = Job(request, on_step if show or callback_on_step is not None else None)
+            for _ in self._run(job):
+                pass
+        return self._generation(job)
 
     def stream(
         self, prompt: str | Sequence[str], *, every: int = 1, output_type: str = "pil", **arguments: Any
@@ -155,48 +163,152 @@ class Engine:
                 ends the call by leaving the loop.
         """
         at_least("every", every, 1)
-        request = make_request(self.model, prompt, output_type=output_type, **arguments)
-        return self._events(request, every)
+        return self._events(Job(make_request(self.model, prompt, output_type=output_type, **arguments)), every)
 
-    def _events(self, request: Request, every: int) -> Iterator[StreamEvent]:
-        for batch in self._batches(request):
-            complete: set[int] = set()
-            for info in batch.run():
-                for row, committed in enumerate(info.num_committed):
-                    done = committed == info.num_tokens
-                    if row in complete or not (done or info.passes % every == 0):
-                        continue
+    def _events(self, job: Job, every: int) -> Iterator[StreamEvent]:
+        told: set[int] = set()
+        job.on_step = lambda info: None  # asks the device after every pass
+        for _ in self._run(job):
+            for image in job.images:
+                done = image.codes is not None
+                if image.index not in told and image.begun and (done or image.passes % every == 0):
+                    yield self._event(image)
                     if done:
-                        complete.add(row)
-                    drafted = min(committed + batch.decoder.window_size - 1, info.num_tokens)
-                    image = None
-                    if request.output_type != "codes":
-                        image = convert(self._preview(batch, row, drafted, request), request.output_type)[0]
-                    yield StreamEvent(
-                        index=batch.indices[row],
-                        image=image,
-                        num_committed=committed,
-                        num_drafted=drafted,
-                        num_tokens=info.num_tokens,
-                        nfe=info.passes,
-                        stats=batch.stats()[row] if done else None,
-                    )
+                        told.add(image.index)
 
-    def _batches(self, request: Request) -> Iterator[Batch]:
-        for first in range(0, len(request.seeds), self.max_batch_size):
-            last = min(first + self.max_batch_size, len(request.seeds))
-            yield Batch(self.model, request, list(range(first, last)), batch_invariant=self.batch_invariant)
+    # ------------------------------------------------------------------------------------------------- for servers
 
-    def _decode(self, codes: Tensor, request: Request) -> Tensor:
+    def submit(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        callback_on_step: Callable[[StepInfo], None] | None = None,
+        **arguments: Any,
+    ) -> int:
+        """Queue a request; `step` decodes it together with all others.
+
+        Args:
+            prompt, callback_on_step, arguments: those of `generate`, but for progress. What the callback raises ends
+                this request and no other.
+        Returns: its number, for `collect` and `cancel`.
+        Raises: ValueError, TypeError for bad arguments; nothing is queued then.
+        """
+        job = Job(make_request(self.model, prompt, **arguments), callback_on_step)
+        self.scheduler.submit(job)
+        self._next_id += 1
+        self._jobs[self._next_id] = job
+        return self._next_id
+
+    def step(self) -> bool:
+        """Let waiting images join, and decode all that are under way one pass further. Whether there is more to do.
+
+        A request that fails, or whose callback raises, ends alone: `collect` tells why.
+        """
+        self.scheduler.step()
+        return not self.scheduler.idle
+
+    def collect(self) -> list[Finished]:
+        """The requests that have ended since the last call, with their images or the error that ended them."""
+        ended = [(number, job) for number, job in self._jobs.items() if job.done]
+        finished = []
+        for number, job in ended:
+            del self._jobs[number]
+            generation = None if job.error is not None else self._generation(job)
+            finished.append(Finished(number, generation, job.error))
+        return finished
+
+    def cancel(self, request_id: int) -> bool:
+        """Give up a submitted request: its pages are free at once, and `collect` will not tell of it. False where there
+        is none of this number, or it was collected already."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            self.scheduler.cancel(job)
+        return job is not None
+
+    @cached_property
+    def scheduler(self) -> Scheduler:
+        """Who decodes when, and the pages; made with the first request."""
+        return Scheduler(
+            self.model,
+            max_batch_size=self.max_batch_size,
+            num_pages=self._num_pages(),
+            page_size=self.page_size,
+            batch_invariant=self.batch_invariant,
+            graphs=self.cuda_graphs,
+            poll_every=1 if self.model.device.type == "cpu" else POLL_EVERY,
+        )
+
+    def _num_pages(self) -> int:
+        config = self.model.transformer.config
+        if self.kv_cache_bytes is not None:
+            slot = 2 * config.num_layers * config.kv_size * self.model.transformer.dtype.itemsize
+            return max(1, self.kv_cache_bytes // (slot * self.page_size))
+        num_tokens = self.model.schedule(*self.model.image_size).num_tokens
+        pages = -(-(num_tokens + SPARE_PROMPT_TOKENS) // self.page_size) + -(-SPARE_PROMPT_TOKENS // self.page_size)
+        return 2 * self.max_batch_size * pages
+
+    # ------------------------------------------------------------------------------------------------------- parts
+
+    def _run(self, job: Job) -> Iterator[None]:
+        """Decode `job` to its end, pass by pass, and whatever else is under way with it. Raises: what ended it."""
+        self.scheduler.submit(job)
+        try:
+            while not job.done:
+                self.scheduler.step()
+                yield
+        finally:
+            if not job.done:  # the caller left, or was interrupted
+                self.scheduler.cancel(job)
+        if job.error is not None:
+            raise job.error
+
+    def _generation(self, job: Job) -> Generation:
+        """The images of a job that is complete."""
+        request = job.request
+        codes = torch.stack([image.codes for image in job.images if image.codes is not None])
+        stats = [image.stats for image in job.images if image.stats is not None]
+        nonfinite = sum(image.nonfinite_rows for image in stats)
+        if nonfinite:
+            warnings.warn(
+                f"{nonfinite} rows of logits had no finite entry and were taken as uniform: damaged weights, or "
+                f"overflow in {self.model.transformer.dtype}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        images = None
+        if request.output_type != "codes":
+            images = convert(self._decode(codes, request.schedule), request.output_type)
+        return Generation(images, codes, stats, request.seeds)
+
+    def _event(self, image: Image) -> StreamEvent:
+        """An image as far as it has come."""
+        request, codes = image.job.request, image.codes
+        drafted = min(image.num_committed + request.window_size - 1, request.schedule.num_tokens)
+        if codes is None:
+            assert image.batch is not None
+            codes = image.batch.codes(image.row)
+        shown = None
+        if request.output_type != "codes":
+            shown = convert(self._preview(codes, drafted, request.schedule), request.output_type)[0]
+        return StreamEvent(
+            index=image.index,
+            image=shown,
+            num_committed=image.num_committed,
+            num_drafted=drafted,
+            num_tokens=request.schedule.num_tokens,
+            nfe=image.passes,
+            stats=image.stats,
+        )
+
+    def _decode(self, codes: Tensor, schedule: Schedule) -> Tensor:
         """[N, rows * cols] codes -> [N, 3, H, W] pixels, a few images at a time."""
-        grids = codes.view(-1, request.schedule.rows, request.schedule.cols).split(self.max_batch_size)
+        grids = codes.view(-1, schedule.rows, schedule.cols).split(self.max_batch_size)
         return torch.cat([self.model.decode(grid) for grid in grids])
 
-    def _preview(self, batch: Batch, row: int, drafted: int, request: Request) -> Tensor:
+    def _preview(self, codes: Tensor, drafted: int, schedule: Schedule) -> Tensor:
         """[1, 3, H, W]: the image as far as its tokens are known or drafted."""
-        schedule = request.schedule
         known = (schedule.image_positions < drafted).view(1, 1, schedule.rows, schedule.cols)
-        pixels = self._decode(batch.codes()[row : row + 1], request)
+        pixels = self._decode(codes[None], schedule)
         patch = pixels.shape[-1] // schedule.cols
         shown = known.repeat_interleave(patch, 2).repeat_interleave(patch, 3).to(pixels.device)
         return torch.where(shown, pixels, UNKNOWN_GREY)

@@ -72,11 +72,12 @@ class PagedKVCache:
         self.first_positions = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         self.block_table = torch.full((num_sequences, width), -1, dtype=torch.int32, device=device)
 
-    def sibling(self, num_sequences: int) -> "PagedKVCache":
-        """Other sequences on the same pages, without any yet."""
+    def sibling(self, num_sequences: int, capacity: int) -> "PagedKVCache":
+        """Rows for other sequences on the same pages, of at most `capacity` tokens each."""
         self._pool()
         other = object.__new__(PagedKVCache)
         other.__dict__.update(self.__dict__)
+        other.capacity = capacity
         other._new_tables(num_sequences)
         return other
 
@@ -86,7 +87,7 @@ class PagedKVCache:
         """The sequences `rows` as a cache of their own, on the same pages.
 
         Args:
-            rows: a slice, or int64 indices: their lengths are then copies, which `advance` and `rollback` must not move.
+            rows: a slice; or int64 indices, whose lengths are copies, not to be moved by `advance` and `rollback`.
             longest: an upper bound of their lengths, where the host knows one; None asks the device.
         """
         part = object.__new__(PagedKVCache)
@@ -247,6 +248,9 @@ class PagedKVCache:
         self._write_table(row, sequence)
         self.context_lens[row] = length
         self.first_positions[row] = first_position
+        if self.poison:  # the page's last owner has left tokens there
+            table, lens = self.block_table[row : row + 1], self.context_lens[row : row + 1]
+            self._ops.poison_kv(self.pages, table, lens, num_slots=self.capacity)
 
     def _write_table(self, row: int, sequence: int) -> None:
         pages = self._pool().pages(sequence)

@@ -148,28 +148,41 @@ def append_kv(
     keys: Tensor,
     values: Tensor,
     num_valid: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """`paged.append_kv`: one copy for each token, no slot mapping. Strides that keys and values do not share, or heads
     that are not contiguous, cost a copy more."""
-    device = pages.device
+    op, device = "append_kv", pages.device
     expected = (len(block_table), keys.shape[1], *pages.shape[-2:])
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dtype != pages.dtype or tensor.device != device or tensor.shape != expected:
             raise ValueError(
-                f"append_kv: {name} must be {list(expected)} {pages.dtype} on {device}, "
+                f"{op}: {name} must be {list(expected)} {pages.dtype} on {device}, "
                 f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
+    table = {"cos": 0, "sin": 0}
+    if cos is not None or sin is not None:
+        expected = (*keys.shape[:2], keys.shape[3])
+        for name, rows in (("cos", cos), ("sin", sin)):
+            if rows is None or rows.shape != expected or expected[2] % 2:
+                raise ValueError(
+                    f"{op}: cos and sin must both be {list(expected)} of an even head dim, "
+                    f"got {name} {None if rows is None else list(rows.shape)}"
+                )
+            table[name] = _checked(op, name, rows, torch.float32, device)
     if keys.stride() != values.stride() or keys.stride()[2:] != (keys.shape[3], 1):
         keys, values = keys.contiguous(), values.contiguous()
     size = pages.element_size()
     _module().append_kv(
-        _pages("append_kv", pages, block_table),
+        _pages(op, pages, block_table),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
         sequence_stride=keys.stride(0) * size,
         token_stride=keys.stride(1) * size,
-        context_lens=_checked("append_kv", "context_lens", context_lens, torch.int32, device),
-        num_valid=0 if num_valid is None else _checked("append_kv", "num_valid", num_valid, torch.int32, device),
+        context_lens=_checked(op, "context_lens", context_lens, torch.int32, device),
+        num_valid=0 if num_valid is None else _checked(op, "num_valid", num_valid, torch.int32, device),
+        **table,
         num_new=keys.shape[1],
         place=_place(device),
     )
@@ -302,8 +315,11 @@ def _pages(op: str, pages: Tensor, block_table: Tensor | None) -> Any:
 
 def _place(device: torch.device) -> Any:
     """The current stream of a CUDA device, else the threads of torch."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _module().Place(cuda=device.type == "cuda", stream=stream, num_threads=torch.get_num_threads())
+    cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+    return _module().Place(
+        cuda=cuda, device=device.index if cuda else 0, stream=stream, num_threads=torch.get_num_threads()
+    )
 
 
 def _checked(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> int:

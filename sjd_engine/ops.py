@@ -24,7 +24,18 @@ from sjd_engine.kernels import paged, reference
 from sjd_engine.kernels.reference import start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 
-__all__ = ["Backend", "Grid", "VerifyResult", "WindowState", "backend", "kv_ops", "start", "verify", "warp"]
+__all__ = [
+    "Backend",
+    "Grid",
+    "VerifyResult",
+    "WindowState",
+    "backend",
+    "kv_ops",
+    "reads_previous_logits",
+    "start",
+    "verify",
+    "warp",
+]
 
 BACKENDS = ("triton", "cpu", "reference")
 OVERRIDE = "SJD_BACKEND"

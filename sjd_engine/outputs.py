@@ -14,7 +14,7 @@ class ImageStats:
     nfe: forward passes of the transformer, the prompt's and the tail's included; a guided pair counts once.
     num_tokens: tokens generated, forced ones included.
     committed_per_pass: tokens committed by each pass.
-    seconds: from the start of the image's batch until its last token.
+    seconds: from the moment the image began until its last token.
     acceptance_map: [rows, cols] int64, the pass in which each image token was committed, from 0.
     zero_residual, nonfinite_rows, zero_draft_prob: counters of rare events, see `kernels.state.WindowState`.
     """
@@ -51,14 +51,23 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class StepInfo:
-    """One pass of one batch, for callbacks and progress.
+class Finished:
+    """A submitted request that has ended: `generation`, or the `error` that ended it."""
 
-    image_indices: which images of the call the batch holds.
+    request_id: int
+    generation: Generation | None
+    error: Exception | None
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One pass, for callbacks and progress.
+
+    image_indices: the images of the call that have begun, those that are complete among them.
     num_committed: tokens each of them has so far.
     num_tokens: tokens each of them will have.
-    passes: passes of this batch so far.
-    seconds: since the batch began.
+    passes: passes since the first of them began.
+    seconds: since then.
     """
 
     image_indices: list[int]

@@ -1,6 +1,6 @@
 """The arguments of `generate`, checked before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ class Request:
     init: str
     reuse_threshold: float
     output_type: str
+    group: Hashable  # images of requests with equal groups can be decoded in one batch
 
 
 def make_request(
@@ -77,16 +78,19 @@ def make_request(
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     prompts = [model.build_prompt(text, negative) for text, negative in zip(texts, negatives, strict=True)]
+    window_size = min(window_size, schedule.num_tokens)
+    grid = (schedule.rows, schedule.cols, *sorted(schedule.forced.items()))
     return Request(
         prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
         seeds=seed_list(seed, len(prompts) * num_images_per_prompt),
         method=get_method(method),
-        window_size=min(window_size, schedule.num_tokens),
+        window_size=window_size,
         params=params,
         schedule=schedule,
-        init=check_init(init),
+        init=init,
         reuse_threshold=reuse_threshold,
         output_type=output_type,
+        group=(method, window_size, check_init(init), grid, params.in_use(model.num_codes)),
     )
 
 

@@ -44,6 +44,11 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
 
+    def in_use(self, vocab_size: int) -> tuple[str, ...]:
+        """The parameters that change something; sequences of one batch have the same ones in use."""
+        arguments = self.warp_arguments(1, vocab_size, torch.device("cpu"))
+        return tuple(name for name, column in arguments.items() if column is not None)
+
     def warp_arguments(self, batch_size: int, vocab_size: int, device: torch.device) -> dict[str, Tensor | None]:
         """The [B] tensors that `kernels.reference.warp` takes; None where a parameter changes nothing."""
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -283,3 +284,72 @@ def assert_same_decisions(expected: list[dict[str, Tensor]], got: list[dict[str,
     for iteration, (left, right) in enumerate(zip(expected, got, strict=True)):
         for name, tensor in left.items():
             assert torch.equal(tensor, right[name]), f"pass {iteration}: {name}: expected {tensor}, got {right[name]}"
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """A window over pages, to run one implementation of `window_attention` on, and another.
+
+    lens: tokens of each sequence before its window. group: query heads of a kv head.
+    bias: "" for the causal rule, "shared" for one tree, "own" for one of each sequence.
+    without_page: trailing columns of every block table that have no page.
+    Every slot of the pool that holds no token of a context or a window is NaN.
+    """
+
+    lens: tuple[int, ...]
+    num_new: int = 7
+    head_dim: int = 16
+    num_kv_heads: int = 2
+    group: int = 1
+    page_size: int = 16
+    dtype: torch.dtype = torch.float32
+    bias: str = ""
+    without_page: int = 0
+    scale: float | None = None
+
+    def arguments(self, device: str = "cpu") -> dict[str, Any]:
+        """Those of `window_attention`, by name."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.dtype)
+
+        num_seqs, span = len(self.lens), max(self.lens) + self.num_new
+        width = -(-span // self.page_size)
+        table = 1 + torch.randperm(num_seqs * width, generator=generator).int().view(num_seqs, width)
+        table[:, width - self.without_page :] = -1
+        lens = torch.tensor(self.lens, dtype=torch.int32)
+        pages = random(num_seqs * width + 1, 2, self.page_size, self.num_kv_heads, self.head_dim)
+        positions = torch.arange(width * self.page_size).view(width, self.page_size)
+        held = torch.zeros(len(pages), self.page_size, dtype=torch.bool)
+        for row, length in zip(table.long(), self.lens, strict=True):
+            held[row.clamp_min(0)] |= (positions < length + self.num_new) & (row >= 0)[:, None]
+        pages.masked_fill_(~held[:, None, :, None, None], math.nan)
+        bias = None
+        if self.bias:
+            tree = torch.rand(num_seqs, self.num_new, self.num_new, generator=generator)
+            bias = torch.randn(tree.shape, generator=generator).masked_fill_(tree < 0.4, -math.inf)
+            bias = bias[0].clone() if self.bias == "shared" else bias
+        tensors = {
+            "queries": random(num_seqs, self.num_new, self.num_kv_heads * self.group, self.head_dim),
+            "pages": pages,
+            "block_table": table,
+            "context_lens": lens,
+            "window_bias": bias,
+        }
+        on_device = {name: None if value is None else value.to(device) for name, value in tensors.items()}
+        return on_device | {"span": span, "scale": self.scale}
+
+
+def attention_errors(
+    window_attention: Callable[..., Tensor], definition: Callable[..., Tensor], arguments: dict[str, Any]
+) -> tuple[float, float]:
+    """The largest error of `window_attention` and that of the definition in the same dtype, both against the definition
+    in float64."""
+    exact = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    expected = definition(**exact)
+    mine, theirs = ((op(**arguments) - expected).abs().max().item() for op in (window_attention, definition))
+    return mine, theirs

@@ -7,6 +7,8 @@ import torch
 
 from sjd_engine import Engine
 
+os.environ.setdefault("SJD_POISON", "1")  # rejected slots and new pages hold NaN: a stale read spoils an image
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 

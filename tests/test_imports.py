@@ -15,7 +15,9 @@ LEVELS = [
     {"sjd_engine.schedule", "sjd_engine.kv_cache"},
     {"sjd_engine.decoder", "sjd_engine.models"},
     {"sjd_engine.outputs", "sjd_engine.request"},
+    {"sjd_engine.graph", "sjd_engine.prompt_cache"},
     {"sjd_engine.batch"},
+    {"sjd_engine.scheduler"},
     {"sjd_engine.engine"},
     {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing"},
 ]

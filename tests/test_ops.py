@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sjd_engine import Engine, JacobiDecoder, SamplingParams, native, ops
+from sjd_engine import JacobiDecoder, SamplingParams, native, ops
 from sjd_engine.batch import Batch
 from sjd_engine.kernels import reference
 from sjd_engine.request import make_request
@@ -116,11 +116,19 @@ class TestHostSyncs:
                 decoder.verify(logits)
 
     @pytest.mark.parametrize("method", ["maximal", "exact"])
-    def test_an_engine_step_has_none(self, method):
-        engine = Engine("emoji")
-        request = make_request(engine.model, "a red heart", method=method, num_images_per_prompt=2)
-        batch = Batch(engine.model, request, [0, 1], batch_invariant=False)
-        batch.step()  # the prompts' own pass reads their lengths
-        for _ in range(3):
+    @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+    def test_a_step_of_a_batch_has_none(self, engine_bf16, method, captured):
+        """Forward, verification and rollback of three images, one of them complete and gone."""
+        request = make_request(engine_bf16.model, "a red heart", method=method, num_images_per_prompt=3)
+        batch = Batch(engine_bf16.model, engine_bf16.scheduler.prompts, request, 4, batch_invariant=False)
+        for index in range(3):
+            batch.begin(request, index)
+        batch.end(1)
+        rows = torch.tensor([0, 2, 4, 4])
+        for parity in (0, 1, 0):
             with NoSync():
-                batch.step()
+                batch._fixed_pass(rows, parity) if captured else batch.step()
+        assert batch.num_committed()[0] >= 3
+        assert batch.num_committed()[2] >= 3
+        for row in batch.rows:
+            batch.end(row)

@@ -93,12 +93,22 @@ class Machine(RuleBasedStateMachine):
     @rule(target=sequences, parent=sequences, data=st.data())
     def fork(self, parent, data):
         length = data.draw(st.integers(0, len(parent.values)))
-        needed = len(self.pool.pages(parent.number)) - length // self.size
-        if self.exhausted(needed, lambda: self.pool.fork(parent.number, num_tokens=length)):
+        capacity = max(1, length + data.draw(st.integers(0, 8)))
+        if capacity > self.pool.num_pages * self.size:
+            with pytest.raises(ValueError, match="fork: capacity must be in"):
+                self.pool.fork(parent.number, num_tokens=length, capacity=capacity)
             return multiple()
-        number, copies = self.pool.fork(parent.number, num_tokens=length)
+        needed = self.pool.pages_needed_to_fork(num_tokens=length, capacity=capacity)
+        if self.exhausted(needed, lambda: self.pool.fork(parent.number, num_tokens=length, capacity=capacity)):
+            return multiple()
+        number, copies = self.pool.fork(parent.number, num_tokens=length, capacity=capacity)
         self.copy(copies)
-        model = Model(number, parent.prompt[:length], parent.values[:length] + [None] * (len(parent.values) - length))
+        pages = self.pool.pages(number)
+        assert pages[: length // self.size] == self.pool.pages(parent.number)[: length // self.size]
+        assert [self.pool.references(page) for page in pages[length // self.size :]] == [1] * needed
+        assert len(copies) == (length % self.size > 0)
+        model = Model(number, parent.prompt[:length], parent.values[:length])
+        model.values += [None] * (len(pages) * self.size - length)
         for token in range(length, len(model.values)):
             self.write(model, token, None)
         self.live.append(model)
@@ -145,6 +155,29 @@ def test_images_of_one_prompt_share_its_full_pages():
     pool.check_invariants()
 
 
+def test_a_fork_has_a_capacity_of_its_own():
+    pool = native.page_allocator(num_pages=8, page_size=4)
+    parent, _ = pool.admit(prompt=list(range(10)), capacity=10)
+    assert pool.pages_needed_to_fork(num_tokens=10, capacity=22) == 4
+    child, copies = pool.fork(parent, num_tokens=10, capacity=22)
+    first, second = pool.pages(parent), pool.pages(child)
+    assert (len(first), len(second)) == (3, 6)
+    assert second[:2] == first[:2]
+    assert copies == [(first[2], second[2])]
+    assert pool.num_free == 1
+    with pytest.raises(native.PagesExhausted, match="fork: needs 4 free pages, but 1 of 8"):
+        pool.fork(parent, num_tokens=10, capacity=22)
+    assert pool.num_free == 1
+    short, copies = pool.fork(child, num_tokens=6, capacity=8)
+    assert pool.pages(short)[:1] == first[:1]
+    with pytest.raises(ValueError, match=r"publish: num_tokens must be in 0\.\.6, got 7"):
+        pool.publish(short, num_tokens=7)  # what it holds behind its parent's first 6 tokens is its own
+    for sequence in (parent, short, child):
+        pool.release(sequence)
+    assert pool.num_free == 8
+    pool.check_invariants()
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="PageAllocator: page_size must be in 1"):
         native.page_allocator(num_pages=3, page_size=0)
@@ -153,3 +186,7 @@ def test_bad_arguments():
         pool.admit(prompt=[1, 2, 3], capacity=2)
     with pytest.raises(RuntimeError, match=r"admit: needs 3 free pages, but 1 of 3 are free; release a sequence"):
         pool.admit(prompt=[], capacity=4), pool.admit(prompt=[], capacity=6)
+    with pytest.raises(ValueError, match=r"fork: num_tokens must be in 0\.\.4, got 5"):
+        pool.fork(0, num_tokens=5, capacity=6)
+    with pytest.raises(ValueError, match=r"fork: capacity must be in 4\.\.6, got 3"):
+        pool.fork(0, num_tokens=4, capacity=3)

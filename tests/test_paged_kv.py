@@ -7,10 +7,12 @@ from torch import Tensor
 
 from sjd_engine import PagedKVCache, native
 from sjd_engine.kernels import paged
+from sjd_engine.models.rope import rope_table, rotate
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ["cpu", "cuda"] if native.has_cuda() and torch.cuda.is_available() else ["cpu"]
 PAGE_SIZES = (1, 16, 64, 256)
 LAYERS, SEQS, KV_HEADS = 2, 3, 2
 
@@ -42,26 +44,48 @@ def same(a: Tensor, b: Tensor) -> bool:
 class TestOps:
     """Head dim 24 moves 16 bytes at a time, 5 only 2."""
 
+    @pytest.fixture(params=DEVICES)
+    def device(self, request) -> str:
+        return request.param
+
     @pytest.mark.parametrize("head_dim", [24, 5])
-    def test_append(self, dtype, page_size, head_dim):
-        table = tables(page_size, 300)
-        table[0, -1] = -1
-        lens = torch.tensor([296, 0, 130], dtype=torch.int32)
-        pages = random(table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
-        qkv = random(SEQS, 9, 5 * KV_HEADS, head_dim, dtype=dtype, seed=1)  # keys and values lie between others
+    def test_append(self, dtype, page_size, head_dim, device):
+        table = tables(page_size, 300).to(device)
+        table[0, -1] = table[1] = -1
+        lens = torch.tensor([296, 0, 130], dtype=torch.int32, device=device)
+        pages = random(table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype).to(device)
+        qkv = random(SEQS, 9, 5 * KV_HEADS, head_dim, dtype=dtype, seed=1).to(device)
+        # Keys and values lie between others.
         keys, values = qkv[:, :, KV_HEADS : 2 * KV_HEADS], qkv[:, :, 2 * KV_HEADS : 3 * KV_HEADS]
-        for num_valid in (None, torch.tensor([9, 4, 0], dtype=torch.int32)):
+        for num_valid in (None, torch.tensor([9, 4, 3], dtype=torch.int32, device=device)):
             results = [pages.clone(), pages.clone()]
             for op, into in zip((native, paged), results, strict=True):
                 op.append_kv(into, table, lens, keys, values, num_valid)
             assert same(*results)
             assert not same(results[0], pages)
 
+    @pytest.mark.parametrize("head_dim", [128, 24, 2])
+    def test_append_with_rotation(self, dtype, head_dim, device):
+        table, lens = tables(16, 300).to(device), torch.tensor([296, 0, 130], dtype=torch.int32)
+        pages = random(table.numel(), 2, 16, KV_HEADS, head_dim, dtype=dtype).to(device)
+        keys, values = random(2, SEQS, 9, KV_HEADS, head_dim, dtype=dtype, seed=1).to(device)
+        positions = lens.long()[:, None] + torch.arange(9)
+        rows = [part[positions].to(device) for part in rope_table(305, head_dim, 1e4)]
+        lens, num_valid = lens.to(device), torch.tensor([9, 4, 0], dtype=torch.int32, device=device)
+        results = [pages.clone() for _ in range(3)]
+        native.append_kv(results[0], table, lens, keys, values, num_valid, *rows)
+        paged.append_kv(results[1], table, lens, keys, values, num_valid, *rows)
+        rotated = rotate(keys.float(), *(part[:, :, None] for part in rows)).to(dtype)
+        paged.append_kv(results[2], table, lens, rotated, values, num_valid)
+        assert same(results[0], results[1])
+        assert torch.allclose(results[0].float(), results[2].float(), atol=1e-6, rtol=torch.finfo(dtype).eps)
+        assert not torch.allclose(results[0].float(), pages.float(), atol=0.1)
+
     @pytest.mark.parametrize("head_dim", [24, 5])
-    def test_gather_copy_and_poison(self, dtype, page_size, head_dim):
-        table = tables(page_size, 200)
-        lens = torch.tensor([0, 64, 193], dtype=torch.int32)
-        pages = random(LAYERS, table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype)
+    def test_gather_copy_and_poison(self, dtype, page_size, head_dim, device):
+        table = tables(page_size, 200).to(device)
+        lens = torch.tensor([0, 64, 193], dtype=torch.int32, device=device)
+        pages = random(LAYERS, table.numel(), 2, page_size, KV_HEADS, head_dim, dtype=dtype).to(device)
         got, expected = (
             op.gather_kv(pages[1], table, lens, num_new=3, span=250)  # past every table
             for op in (native, paged)
@@ -69,7 +93,7 @@ class TestOps:
         assert same(got[0], expected[0])
         assert same(got[1], expected[1])
         mine, theirs = pages.clone(), pages.clone()
-        copies = torch.tensor([[0, 2], [1, table.numel() - 1]], dtype=torch.int32)
+        copies = torch.tensor([[0, 2], [1, table.numel() - 1]], dtype=torch.int32, device=device)
         for op, into in ((native, mine), (paged, theirs)):
             op.copy_pages(into, copies)
         assert same(mine, theirs)
@@ -78,12 +102,22 @@ class TestOps:
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
-    def test_advance_rollback(self):
-        lens = torch.zeros(2, 6, dtype=torch.int32)
-        prefix = torch.arange(6, dtype=torch.int32)
+    def test_advance_rollback(self, device):
+        lens = torch.zeros(2, 6, dtype=torch.int32, device=device)
+        prefix = torch.arange(6, dtype=torch.int32, device=device)
         for op, row in zip((native, paged), lens, strict=True):
-            op.advance_rollback(row, prefix, torch.tensor([10, 20, 30]))
+            op.advance_rollback(row, prefix, torch.tensor([10, 20, 30], device=device))
         assert lens.tolist() == [[10, 11, 22, 23, 34, 35]] * 2
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_cuda_without_a_gpu_says_so(self):
+        """The call that tensors on a GPU would make, with addresses that nothing follows."""
+        place = native._C.Place(cuda=True, device=0, stream=0, num_threads=1)
+        why = "CUDA driver|no CUDA-capable|this build .* no CUDA"
+        with pytest.raises(RuntimeError, match=f"advance_rollback: ({why})"):
+            native._C.advance_rollback(
+                context_lens=16, prefix_lens=16, num_committed=16, num_sequences=1, copies=1, place=place
+            )
 
     def test_errors_name_op_and_argument(self):
         pages, table, lens = torch.zeros(2, 2, 4, 1, 8), torch.zeros(1, 2).int(), torch.zeros(1).int()
@@ -94,6 +128,11 @@ class TestOps:
             native.append_kv(pages, table, lens.long(), keys, keys)
         with pytest.raises(ValueError, match="pages must be contiguous"):
             native.append_kv(pages.double(), table, lens, keys.double(), keys.double())
+        angles = torch.zeros(1, 3, 8)
+        with pytest.raises(ValueError, match=r"append_kv: cos and sin must both be \[1, 3, 8\] .* got sin None"):
+            native.append_kv(pages, table, lens, keys, keys, cos=angles)
+        with pytest.raises(ValueError, match=r"append_kv: cos must be contiguous torch\.float32"):
+            native.append_kv(pages, table, lens, keys, keys, cos=angles.half(), sin=angles)
         queries = torch.zeros(1, 3, 3, 8)
         with pytest.raises(ValueError, match="window_attention: num_heads must be a multiple of num_kv_heads = 2"):
             native.window_attention(queries, torch.zeros(2, 2, 4, 2, 8), table, lens, span=3)
@@ -166,6 +205,38 @@ class TestAttention:
         native.poison_kv(pages[None], table, lens + 7, num_slots=64)
         assert same(native.window_attention(queries, pages, table, lens, span=200), expected)
 
+    @pytest.mark.parametrize("op", [native, paged], ids=["native", "reference"])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_tokens_without_a_page_are_hidden(self, op, dtype, page_size, biased):
+        """Row 0 has no page at all, row 1 none for its window's end, row 2 ends with its table."""
+        num_new, width = 7, -(-200 // page_size)
+        lens = torch.tensor([0, 100, width * page_size - 3], dtype=torch.int32)
+        table = 1 + tables(page_size, 200)
+        table[0] = -1
+        table[1, -(-103 // page_size) :] = -1
+        held = torch.tensor([0, int((table[1] >= 0).sum()) * page_size, width * page_size])
+        pages = torch.full((2 + int(table.max()), 2, page_size, KV_HEADS, 16), float("nan"), dtype=dtype)
+        # Every slot that a row sees holds a number, every other slot of the pool NaN.
+        native.append_kv(
+            pages,
+            table,
+            torch.zeros_like(lens),
+            *random(2, SEQS, int(lens.max()) + num_new, KV_HEADS, 16, dtype=dtype),
+            num_valid=lens + num_new,
+        )
+        queries = random(SEQS, num_new, 2 * KV_HEADS, 16, dtype=dtype, seed=1)
+        bias = torch.zeros(num_new, num_new).masked_fill_(torch.ones(num_new, num_new).triu(1) > 0, float("-inf"))
+        got = op.window_attention(
+            queries, pages, table, lens, span=int(lens.max()) + num_new, window_bias=bias if biased else None
+        )
+        assert (got[0] == 0).all()
+        for s in (1, 2):
+            dense = [x[s].float() for x in paged.gather_kv(pages, table, lens, num_new=num_new, span=int(held[s]))]
+            for i in range(num_new):
+                seen = min(int(lens[s]) + i + 1, int(held[s]))
+                expected = dense_attention(queries[s, i : i + 1].float(), *(x[:seen] for x in dense), seen)
+                assert (got[s, i] - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02)
+
     @pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
     def test_nan_is_shown(self, dtype, nan):
         queries, pages, table, lens = self.case(dtype, 16, 64, 2)
@@ -221,7 +292,7 @@ class TestSequences:
         )
 
     def write(self, cache: PagedKVCache, row: int, num_new: int, seed: int) -> Tensor:
-        part, values = cache.narrow(slice(row, row + 1)), random(1, num_new, 1, 8, seed=seed)
+        part, values = cache.select(slice(row, row + 1)), random(1, num_new, 1, 8, seed=seed)
         for layer in range(LAYERS):
             part.append(layer, values + layer, -values)
         cache.context_lens[row] += num_new
@@ -231,7 +302,7 @@ class TestSequences:
         cache = self.cache()
         cache.admit(0, 12)
         self.write(cache, 0, 6, seed=1)
-        cache.fork(0, 1, num_tokens=6)
+        cache.fork(0, 1, num_tokens=6, capacity=9)
         assert cache.block_table[0, 0] == cache.block_table[1, 0]
         assert cache.block_table[0, 1] != cache.block_table[1, 1]
         before = cache.gather(1, 6)[0][0].clone()
@@ -253,7 +324,6 @@ class TestSequences:
         assert cache.admit(0, 16, prompt) == 0
         self.write(cache, 0, 5, seed=1)
         cache.publish(0, 5)
-        assert cache.pages_needed(16, prompt) == 3
         assert cache.admit(1, 16, prompt) == 4
         assert cache.num_free_pages == 1
         with pytest.raises(native.PagesExhausted, match="admit: needs 3 free pages, but 1 of 8 are free"):

@@ -25,7 +25,8 @@ from triton.runtime import interpreter
 
 from sjd_engine import SamplingParams, Schedule
 from sjd_engine.kernels import verify
-from sjd_engine.testing import VerifyCase
+from sjd_engine.kernels.attention import window_attention
+from sjd_engine.testing import AttentionCase, VerifyCase
 
 
 class OutOfBoundsError(Exception):
@@ -58,7 +59,7 @@ def guarded() -> Iterator[None]:
         return on_host
 
     def check(what: str, pointers: Any, mask: Any) -> None:
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
         inside = np.zeros(addresses.shape, bool)
         for tensor in arguments.values():
             inside |= is_element(addresses, tensor)
@@ -146,8 +147,40 @@ def run_verify_with_short(name: str) -> None:
     VerifyCase("maximal", 64, 4, 1, drift=0.0).run(shortened)
 
 
+WINDOW = AttentionCase((0, 90, 33), num_new=17, head_dim=24, group=3)
+ATTENTION_CASES = {
+    "page1": replace(WINDOW, page_size=1, num_new=3),
+    "page64": replace(WINDOW, page_size=64, dtype=torch.float16),
+    "tree": replace(WINDOW, bias="own"),
+    "no-page": replace(WINDOW, without_page=4, bias="shared"),
+    "chunks": replace(WINDOW, lens=(600, 0)),
+}
+
+
+def with_gap(tensor: Tensor) -> Tensor:
+    """The same numbers with a gap behind every row."""
+    wider = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 3)
+    return wider[..., : tensor.shape[-1]].copy_(tensor)
+
+
+def run_attention(case: AttentionCase) -> None:
+    arguments = case.arguments()
+    gaps = {name: with_gap(arguments[name]) for name in ("queries", "pages", "block_table")}
+    bias = arguments["window_bias"]
+    window_attention(**arguments | gaps | {"window_bias": None if bias is None else with_gap(bias)})
+
+
+def run_attention_with_wild_page() -> None:
+    """A table that names a page more than there are."""
+    arguments = WINDOW.arguments()
+    arguments["block_table"][1, 2] = len(arguments["pages"])
+    window_attention(**arguments)
+
+
 RUNS: dict[str, Callable[[], None]] = {
     **{f"verify-{name}": partial(run_verify, cases) for name, cases in VERIFY_CASES.items()},
+    **{f"attention-{name}": partial(run_attention, case) for name, case in ATTENTION_CASES.items()},
+    "attention-wild-page": run_attention_with_wild_page,
     **{f"canary-{broken}": partial(run_canary, broken) for broken in ("nothing", "load", "store", "atomic")},
     **{f"short-{name}": partial(run_verify_with_short, name) for name in ("num_committed", "published", "ticket")},
 }

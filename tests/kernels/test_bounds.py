@@ -13,17 +13,26 @@ import pytest
 pytest.importorskip("triton")
 
 
-def run(name: str) -> subprocess.CompletedProcess:
+def run(*names: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("bounds.py")), name]
+    command = [sys.executable, str(Path(__file__).with_name("bounds.py")), *names]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
-    "name", ["canary-nothing", "verify-row", "verify-tiled", "verify-past-the-end", "verify-not-finite"]
+    "names",
+    [
+        ["canary-nothing"],
+        ["verify-row"],
+        ["verify-tiled"],
+        ["verify-past-the-end"],
+        ["verify-not-finite"],
+        [f"attention-{name}" for name in ("page1", "page64", "tree", "no-page", "chunks")],
+    ],
+    ids=" ".join,
 )
-def test_every_address_is_an_element_of_an_argument(name):
-    done = run(name)
+def test_every_address_is_an_element_of_an_argument(names):
+    done = run(*names)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -35,6 +44,7 @@ def test_every_address_is_an_element_of_an_argument(name):
         ("canary-atomic", "atomic: 1 of 1 addresses are no element of an argument; the first lies 4 bytes from ticket"),
         ("short-num_committed", "load: 1 of 1 addresses are no element of an argument"),
         ("short-published", "from published_ptr"),
+        ("attention-wild-page", "from pages_ptr"),
         ("short-ticket", "atomic: 1 of 1 addresses are no element of an argument"),
     ],
 )

@@ -13,7 +13,9 @@ from sjd_engine.kernels.compile import (
     CUDA_TARGETS,
     DTYPES,
     SASS,
+    AttentionKernel,
     Resources,
+    VerifyKernel,
     compile_cases,
     compile_only,
     matrix,
@@ -26,8 +28,10 @@ EXPECTED = json.loads((Path(__file__).parent / "resources.json").read_text())
 # What a register allocator may move without anyone having made the kernel worse.
 REGISTER_TOLERANCE = 0.1
 SHARED_TOLERANCE_BYTES = 256
-# Registers of a streaming multiprocessor, and of a compute unit: a program needs its share of one of them.
+# Registers of a streaming multiprocessor, and of a compute unit: a program needs its share of one of them. Bytes of
+# shared memory that a program may have, on the smallest of each family.
 REGISTER_FILE = {"sm": 65536, "gfx": 131072}
+SHARED_MEMORY = {"sm": 99 * 1024, "gfx": 64 * 1024}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,22 @@ class TestEveryKernel:
     def test_it_spills_nothing(self, compiled, case):
         assert (compiled[str(case)].stack_bytes, compiled[str(case)].spills) == (0, 0)
 
+    def test_a_program_fits_the_register_file_and_shared_memory(self, compiled, case):
+        resources, family = compiled[str(case)], "sm" if case.target in CUDA_TARGETS else "gfx"
+        granted = -(-resources.registers // 8) * 8
+        assert granted * resources.threads <= REGISTER_FILE[family]
+        assert resources.shared_bytes <= SHARED_MEMORY[family]
+
+    @pytest.mark.skipif(triton.__version__ != EXPECTED["triton"], reason="the figures are of another Triton")
+    def test_it_takes_what_it_took(self, compiled, case):
+        now, then = compiled[str(case)], EXPECTED["resources"][str(case)]
+        assert now.threads == then["threads"]
+        assert now.registers <= max(then["registers"] * (1 + REGISTER_TOLERANCE), then["registers"] + 8)
+        assert now.shared_bytes <= then["shared_bytes"] + SHARED_TOLERANCE_BYTES
+
+
+@pytest.mark.parametrize("case", [case for case in matrix() if isinstance(case, VerifyKernel)], ids=str)
+class TestVerify:
     def test_one_atomic_announces_what_a_barrier_has_completed(self, compiled, case):
         assert compiled[str(case)].atomics == 1
         assert compiled[str(case)].atomic_after_barrier
@@ -51,17 +71,18 @@ class TestEveryKernel:
         both = 2 * row.tile * DTYPES[case.dtype].itemsize  # conditional and unconditional logits
         assert resources.wide_loads >= both // (16 * resources.threads)
 
-    def test_a_program_fits_the_register_file(self, compiled, case):
-        resources = compiled[str(case)]
-        granted = -(-resources.registers // 8) * 8
-        assert granted * resources.threads <= REGISTER_FILE["sm" if case.target in CUDA_TARGETS else "gfx"]
 
-    @pytest.mark.skipif(triton.__version__ != EXPECTED["triton"], reason="the figures are of another Triton")
-    def test_it_takes_what_it_took(self, compiled, case):
-        now, then = compiled[str(case)], EXPECTED["resources"][str(case)]
-        assert now.threads == then["threads"]
-        assert now.registers <= max(then["registers"] * (1 + REGISTER_TOLERANCE), then["registers"] + 8)
-        assert now.shared_bytes <= then["shared_bytes"] + SHARED_TOLERANCE_BYTES
+@pytest.mark.parametrize("case", [case for case in matrix() if isinstance(case, AttentionKernel)], ids=str)
+class TestAttention:
+    def test_it_needs_no_atomics(self, compiled, case):
+        assert compiled[str(case)].atomics == 0
+
+    def test_keys_and_values_are_read_16_bytes_at_a_time(self, compiled, case):
+        resources = compiled[str(case)]
+        both = 2 * case.blocks.keys * case.head_dim * DTYPES[case.dtype].itemsize
+        if case.variant == "combine":
+            both = 8 * 256 * 4  # eight chunks of 256 sums
+        assert resources.wide_loads >= both // (16 * resources.threads)
 
 
 def test_the_expected_resources_are_of_this_matrix():

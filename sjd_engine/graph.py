@@ -1,0 +1,68 @@
+"""CUDA graphs of one decoding pass: hundreds of launches become one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # passes before a capture: Triton compiles and libraries choose their kernels in them
+
+
+class StepGraphs:
+    """Runs a pass, eagerly at first, then as a captured graph; one pair of graphs for each number of rows.
+
+    A pass writes one of two logits buffers and reads the other, so two graphs take turns. The number of rows is rounded
+    up to a power of two and filled up with a row that is always vacant.
+
+    Args:
+        run: a pass over rows [R] int64 that writes the buffer of the given parity. It waits for nothing, and its shapes
+            depend on R alone.
+        num_rows: most rows of a pass; also the number of the vacant row.
+        device: where the rows lie.
+        capture: (call) -> what replays it, made without executing `call`.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, int], None],
+        num_rows: int,
+        device: torch.device,
+        capture: "Callable[[Callable[[], None]], Callable[[], None]] | None" = None,
+    ):
+        self._run, self._num_rows, self._device = run, num_rows, device
+        self._capture = CudaCapture() if capture is None else capture
+        self._rows: dict[int, Tensor] = {}  # by size: where its graphs read the row numbers
+        self._chosen: dict[int, list[int]] = {}  # by size: the row numbers that stand there
+        self._eager_passes: dict[int, int] = {}
+        self._replays: dict[tuple[int, int], Callable[[], None]] = {}  # by size and parity
+
+    def run(self, rows: Sequence[int], parity: int) -> None:
+        """One pass over `rows`; parity 0 and 1 take turns."""
+        size = min(1 << (len(rows) - 1).bit_length(), self._num_rows)
+        filled = [*rows, *[self._num_rows] * (size - len(rows))]
+        if size not in self._rows:
+            self._rows[size] = torch.empty(size, dtype=torch.int64, device=self._device)
+        if self._chosen.get(size) != filled:
+            self._rows[size].copy_(torch.tensor(filled))
+            self._chosen[size] = filled
+        if self._eager_passes.get(size, 0) < WARM_UP:
+            self._eager_passes[size] = self._eager_passes.get(size, 0) + 1
+            self._run(self._rows[size], parity)
+            return
+        if (size, parity) not in self._replays:
+            self._replays[size, parity] = self._capture(lambda: self._run(self._rows[size], parity))
+        self._replays[size, parity]()
+
+
+class CudaCapture:
+    """Captures calls into CUDA graphs that share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            call()
+        return graph.replay

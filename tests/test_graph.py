@@ -1,0 +1,95 @@
+"""Captured passes. CUDA itself runs where there is a GPU; everywhere else a stand-in for it does."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sjd_engine import Engine
+from sjd_engine.batch import Batch
+from sjd_engine.graph import WARM_UP, StepGraphs
+from sjd_engine.request import make_request
+
+
+class FakeCapture:
+    """Captures without executing, as CUDA does, and counts."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, call: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            call()
+
+        return replay
+
+
+class TestStepGraphs:
+    def graphs(self, num_rows: int = 6) -> tuple[StepGraphs, list, FakeCapture]:
+        passes, capture = [], FakeCapture()
+        run = lambda rows, parity: passes.append((rows.tolist(), parity))  # noqa: E731
+        return StepGraphs(run, num_rows, torch.device("cpu"), capture), passes, capture
+
+    def test_every_pass_runs_once_whether_eager_or_replayed(self):
+        graphs, passes, capture = self.graphs()
+        for step in range(WARM_UP + 5):
+            graphs.run([2], step % 2)
+        assert passes == [([2], step % 2) for step in range(WARM_UP + 5)]
+        assert (capture.captured, capture.replayed) == (2, 5)
+
+    def test_sizes_are_filled_up_with_the_vacant_row(self):
+        graphs, passes, _ = self.graphs()
+        for rows in ([0], [0, 3], [0, 3, 5], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]):
+            graphs.run(rows, 0)
+        assert [rows for rows, _ in passes] == [[0], [0, 3], [0, 3, 5, 6], [0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 4, 5]]
+
+    def test_a_graph_reads_the_rows_of_its_pass(self):
+        graphs, passes, capture = self.graphs()
+        chosen = [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 0], [0, 1]]
+        for step, rows in enumerate(chosen):
+            graphs.run(rows, step % 2)
+        assert [rows for rows, _ in passes] == chosen
+        assert capture.captured == 2
+
+
+def decode(engine: Engine, capture) -> list[torch.Tensor]:
+    """Three images of one prompt, begun at different passes, with passes captured by `capture` or eager for None."""
+    request = make_request(engine.model, "noto red heart", method="maximal", num_images_per_prompt=3, seed=4)
+    batch = Batch(engine.model, engine.scheduler.prompts, request, 4, batch_invariant=False)
+    if capture is not None:
+        batch._graphs = StepGraphs(batch._fixed_pass, 4, engine.model.device, capture)
+    codes: list[torch.Tensor] = [torch.empty(0)] * 3
+    steps, row_of = 0, {}
+    while len(row_of) < 3 or batch.rows:
+        if steps % 4 == 0 and len(row_of) < 3:
+            row_of[len(row_of)] = batch.begin(request, len(row_of))
+        batch.step()
+        steps += 1
+        for index, row in row_of.items():
+            if row in batch.rows and batch.num_committed()[row] == 256:
+                codes[index] = batch.codes(row).cpu()
+                batch.end(row)
+    return codes
+
+
+def test_captured_passes_give_the_images_of_eager_ones(engine):
+    capture = FakeCapture()
+    for mine, eager in zip(decode(engine, capture), decode(engine, None), strict=True):
+        assert (mine == eager).float().mean() > 0.5  # the number of rows changes the rounding
+        assert torch.equal(mine[:8], eager[:8])
+    assert capture.captured >= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnAGPU:
+    def test_graphs_give_the_images_of_eager_passes(self):
+        captured = Engine("emoji", device="cuda", dtype=torch.float32, batch_invariant=False, cuda_graphs=True)
+        eager = Engine(captured.model, batch_invariant=False, cuda_graphs=False)
+        images = [
+            e.generate("a red apple", num_images_per_prompt=4, output_type="codes", progress=False).token_ids.cpu()
+            for e in (captured, eager)
+        ]
+        assert (images[0] == images[1]).float().mean() > 0.9
