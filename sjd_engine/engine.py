@@ -147,7 +147,7 @@ class Engine:
                 if callback_on_step is not None:
                     callback_on_step(info)
 
-            job = Job(request, on_step if show or callback_on_step is not None else None)
+            job = Job(request, on_step, every_pass=callback_on_step is not None)
             for _ in self._run(job):
                 pass
         return self._generation(job)
@@ -163,11 +163,11 @@ class Engine:
                 ends the call by leaving the loop.
         """
         at_least("every", every, 1)
-        return self._events(Job(make_request(self.model, prompt, output_type=output_type, **arguments)), every)
+        request = make_request(self.model, prompt, output_type=output_type, **arguments)
+        return self._events(Job(request, every_pass=True), every)
 
     def _events(self, job: Job, every: int) -> Iterator[StreamEvent]:
         told: set[int] = set()
-        job.on_step = lambda info: None  # asks the device after every pass
         for _ in self._run(job):
             for image in job.images:
                 done = image.codes is not None
@@ -193,7 +193,8 @@ class Engine:
         Returns: its number, for `collect` and `cancel`.
         Raises: ValueError, TypeError for bad arguments; nothing is queued then.
         """
-        job = Job(make_request(self.model, prompt, **arguments), callback_on_step)
+        request = make_request(self.model, prompt, **arguments)
+        job = Job(request, callback_on_step, every_pass=callback_on_step is not None)
         self.scheduler.submit(job)
         self._next_id += 1
         self._jobs[self._next_id] = job

@@ -39,12 +39,14 @@ class Image:
 class Job:
     """A request and how far it has come.
 
-    on_step: told of every pass; what it raises ends the job.
+    on_step: told how far the job is whenever the device was asked; what it raises ends the job.
+    every_pass: ask the device after every pass of the job.
     error: why the job has ended without its images; None otherwise.
     """
 
     request: Request
     on_step: Callable[[StepInfo], None] | None = None
+    every_pass: bool = False
     images: list[Image] = field(default_factory=list)
     passes: int = 0
     started: float | None = None
@@ -159,11 +161,12 @@ class Scheduler:
             self._step_batch(batch)
         self._passes += 1
         jobs = list(dict.fromkeys(image.job for image in self.running))
-        if self._passes % self.poll_every == 0 or any(job.on_step for job in jobs):
-            self._poll()
         for job in jobs:
             job.passes += 1
-            self._tell(job)
+        if self._passes % self.poll_every == 0 or any(job.every_pass for job in jobs):
+            self._poll()
+            for job in jobs:
+                self._tell(job)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch_size:
