@@ -47,7 +47,7 @@ class Job:
     request: Request
     on_step: Callable[[StepInfo], None] | None = None
     every_pass: bool = False
-    images: list[Image] = field(default_factory=list)
+    images: list[Image] = field(init=False)
     passes: int = 0
     started: float | None = None
     error: Exception | None = None
@@ -163,8 +163,9 @@ class Scheduler:
         jobs = list(dict.fromkeys(image.job for image in self.running))
         for job in jobs:
             job.passes += 1
-        if self._passes % self.poll_every == 0 or any(job.every_pass for job in jobs):
-            self._poll()
+        every_pass = any(job.every_pass for job in jobs)
+        if every_pass or self._passes % self.poll_every == 0:
+            self._poll(lag=self.poll_every > 1 and not every_pass)
             for job in jobs:
                 self._tell(job)
 
@@ -221,9 +222,9 @@ class Scheduler:
         for image in images:
             image.passes += 1
 
-    def _poll(self) -> None:
-        """Ask the device how far every image is, and let the complete ones leave."""
-        committed = {id(batch): batch.num_committed() for batch in self._batches.values() if batch.rows}
+    def _poll(self, *, lag: bool) -> None:
+        """Learn how far every image is, and let the complete ones leave."""
+        committed = {id(batch): batch.poll(lag=lag) for batch in self._batches.values() if batch.rows}
         now = time.perf_counter()
         for image in list(self.running):
             assert image.batch is not None
