@@ -219,6 +219,16 @@ class TestLibraries:
         assert (got[1, :6] - expected[1, :6]).abs().max() < 1e-3
         assert (got[2] - expected[2]).abs().max() < 1e-3
 
+    def test_only_what_says_so_reads_numbers_on_the_host(self, name, monkeypatch):
+        """Meta tensors have none. That FlashAttention 2 reads some is its own doing."""
+        if name != "flashinfer":
+            module, _, attribute = attention.ATTENTIONS[name].library.partition(":")
+            monkeypatch.setattr(sys.modules[module], attribute, lambda q, *args, **options: torch.empty_like(q))
+            assert causal(name)(**without_bias(CASE.arguments("meta"))).shape == (3, 7, 4, 64)
+        else:
+            with pytest.raises(NotImplementedError, match="meta"):
+                causal(name)(**without_bias(CASE.arguments("meta")))
+
     def test_a_tree_goes_to_triton(self, name, monkeypatch):
         given = {}
         monkeypatch.setattr(attention, "triton", lambda *args, **options: given.update(options) or args[0])
@@ -231,6 +241,16 @@ class TestLibraries:
         assert ("256n tokens" in asks) == (name in ("flash_attn_2", "varlen"))
         assert ("host sync, no CUDA graph" in asks) == (name in ("flash_attn_2", "flashinfer"))
         assert "trees by triton" in asks
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_library_itself_is_as_exact(name):
+    if obstacle := attention.missing(name, "cuda"):
+        pytest.skip(obstacle)
+    case = replace(CASE, page_size=256, lens=(0, 900, 250))
+    mine, theirs = attention_errors(causal(name), paged.window_attention, without_bias(case.arguments("cuda")))
+    assert mine <= 2 * theirs
 
 
 def causal(name: str):
