@@ -6,7 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sjd_engine import attention, native
+from sjd_engine.models import ImageModel
+
 WARM_UP = 3  # passes before a capture: Triton compiles and libraries choose their kernels in them
+
+
+def obstacle(model: ImageModel, page_size: int) -> str:
+    """Why passes of `model` cannot be captured; "" where they can."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}"
+    if not native.has_cuda():
+        return "sjd_engine was built without CUDA; `SJD_CUDA=1 pip install .` with nvcc builds it"
+    transformer = model.transformer
+    head_dim = transformer.config.head_dim
+    chosen = attention.backend(model.device, page_size=page_size, dtype=transformer.dtype, head_dim=head_dim)
+    return f"{chosen.name} attention waits for the device" if attention.ATTENTIONS[chosen.name].syncs else ""
 
 
 class StepGraphs:
