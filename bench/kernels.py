@@ -34,6 +34,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse  # noqa: E402
+import functools  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
 import re  # noqa: E402
@@ -43,6 +44,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import asdict, dataclass  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from importlib.util import find_spec, module_from_spec, spec_from_file_location  # noqa: E402
+from types import ModuleType  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -634,12 +636,13 @@ def bench_verify(
     return document, all(row.correct for row in rows)
 
 
-def bench_kv(args: argparse.Namespace, console: Console) -> tuple[dict, bool]:
-    """The same of bench/kv.py, which this folder's absence from the search path leaves to be found by its path."""
+@functools.cache
+def kv_module() -> ModuleType:
+    """kv.py, by its path: this folder is not searched."""
     spec = spec_from_file_location("bench_kv", Path(__file__).with_name("kv.py"))
     sys.modules[spec.name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.bench(args, console)
+    return module
 
 
 def main(argv: Sequence[str] | None = None, extra: dict[str, Callable[[], Verify]] | None = None) -> int:
@@ -659,7 +662,7 @@ def main(argv: Sequence[str] | None = None, extra: dict[str, Callable[[], Verify
     }
     console.print(", ".join(f"{name} {value}" for name, value in setup.items() if name != "arguments"), f"({origin})")
     if args.op == "kv":
-        document, correct = bench_kv(args, console)
+        document, correct = kv_module().bench(args, console)
     else:
         document, correct = bench_verify(args, console, peak, extra or {})
     line = json.dumps({"setup": setup, **document})

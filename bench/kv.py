@@ -1,4 +1,10 @@
-"""The paged cache of `bench/kernels.py --op kv`: rollback, append and window attention on the CPU."""
+"""The paged cache of `bench/kernels.py --op kv`: rollback, append and window attention on the CPU.
+
+Results are checked before they are timed; a wrong one gets FAIL and no time. Times are medians of calls taken in turn
+with those of the peer, Python's share included: it is most of what a rollback or a short append takes. torch's threads
+wait for each other after every operator, so on a machine that does other work, too, only OMP_NUM_THREADS=1 is fair to
+the peers.
+"""
 
 import argparse
 import statistics
