@@ -80,7 +80,8 @@ def test_operators_that_only_make_views_are_not_launches(bench):
 
 @pytest.mark.skipif(not native.available(), reason="sjd_engine._C is not built")
 class TestPagedCache:
-    TINY = tuple("--op kv --lengths 5 9 --windows 3 --sequences 2 --layers 2 --passes 1 --peak-gbps 10".split())
+    SHAPES = ("--lengths", "5", "9", "--windows", "3", "--sequences", "2", "--layers", "2")
+    TINY = ("--op", "kv", *SHAPES, "--passes", "1", "--peak-gbps", "10")
 
     @pytest.fixture(autouse=True)
     def no_waiting(self, bench, monkeypatch):
