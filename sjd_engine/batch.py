@@ -115,6 +115,8 @@ class Batch:
         """Reserve the pages of one sequence, which begins with `context`."""
         prefix = len(context) - 1
         capacity = prefix + self.decoder.num_tokens
+        self._anchors[sequence] = self.model.context_embeddings(context)[-1]
+        self._prefix_lens[sequence] = prefix
         if prefix:
             prompt = self.prompts.hold(context)
             try:
@@ -124,8 +126,6 @@ class Batch:
                 raise
         else:
             self.kv_cache.admit(sequence, capacity, first_position=context.first_position)
-        self._anchors[sequence] = self.model.context_embeddings(context)[-1]
-        self._prefix_lens[sequence] = prefix
 
     def end(self, row: int) -> None:
         """Give up `row` and its pages."""
