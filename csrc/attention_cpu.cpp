@@ -22,9 +22,8 @@ constexpr int kRows = 64;   // most query rows of a task
 constexpr int kLanes = 16;  // 32-bit units that are moved as one vector
 constexpr float kNegativeInfinity = -INFINITY;
 
-// Fewer products than this are summed on the caller's thread: torch's own threads still spin after its last op, and a
-// second one of ours would share a core with them.
-constexpr int64_t kProductsForThreads = 3 << 22;
+// Fewer products than this are summed before a second thread has begun.
+constexpr int64_t kProductsForThreads = 1 << 18;
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
