@@ -104,8 +104,9 @@ def doctor() -> None:
     """Tell versions and what runs the decoding ops, and why."""
     import torch
 
-    from sjd_engine import native, ops
+    from sjd_engine import attention, native, ops
     from sjd_engine.engine import default_dtype
+    from sjd_engine.kv_cache import PAGE_SIZE
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     typer.echo(f"python        {platform.python_version()} on {platform.machine()}")
@@ -118,6 +119,13 @@ def doctor() -> None:
     typer.echo(f"dtype         {str(default_dtype(device)).removeprefix('torch.')} by default")
     runs = ops.backend(device)
     typer.echo(f"verify        {runs.name}: {runs.reason}")
+    pages = ops.kv_ops(device)
+    typer.echo(f"pages         {pages.name}, {PAGE_SIZE} tokens each by default: {pages.reason}")
+    chosen = attention.backend(device, page_size=PAGE_SIZE, dtype=default_dtype(device), head_dim=64)
+    typer.echo(f"attention     {chosen.name}: {chosen.reason}; {attention.OVERRIDE} may name another:")
+    for name, spec in attention.ATTENTIONS.items():
+        obstacle = attention.missing(name, device.type)
+        typer.echo(f"  {name:<13} {'no: ' + obstacle if obstacle else 'yes'}; {spec}")
     if native.available():
         archs = ", ".join(native.cuda_archs()) or "none"
         typer.echo(f"compiled      CPU ops for {native.isa()}; CUDA for {archs}")
