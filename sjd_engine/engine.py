@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sjd_engine import native
+from sjd_engine import native, parallel
 from sjd_engine.images import convert
 from sjd_engine.kv_cache import PAGE_SIZE
 from sjd_engine.models import ImageModel, load_model
@@ -40,7 +40,10 @@ class Engine:
         kv_cache_bytes: size of that cache; None takes what `max_batch_size` guided images of the default size need. It
             is taken with the first request.
         cuda_graphs: replay passes as CUDA graphs; None does on a GPU unless `batch_invariant` forbids it.
-    Raises: CheckpointError where the model cannot be loaded, ValueError for bad arguments.
+        tensor_parallel: share the transformer among the processes of the default torch.distributed group, see
+            `sjd_engine.parallel`. All of them make this engine and the same calls of it, and get the same images.
+    Raises: CheckpointError where the model cannot be loaded, ValueError for bad arguments, RuntimeError for
+        tensor_parallel without a process group.
 
         >>> out = Engine("emoji").generate("a red apple", seed=1)
         >>> out.images[0].save("apple.png")
@@ -57,15 +60,21 @@ class Engine:
         page_size: int = PAGE_SIZE,
         kv_cache_bytes: int | None = None,
         cuda_graphs: bool | None = None,
+        tensor_parallel: bool = False,
     ):
         self.max_batch_size = at_least("max_batch_size", max_batch_size, 1)
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if isinstance(model, ImageModel):
             self.model = model
         elif isinstance(model, str | Path):
-            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self.model = load_model(model, chosen, dtype or default_dtype(chosen))
+            # What is shared is cut on the host: the whole need not fit on one device.
+            self.model = load_model(
+                model, torch.device("cpu") if tensor_parallel else chosen, dtype or default_dtype(chosen)
+            )
         else:
             raise TypeError(f"model: expected a name, a checkpoint folder or an ImageModel, got {model!r}")
+        if tensor_parallel:
+            parallel.share_model(self.model, chosen)
         exact = self.model.transformer.dtype == torch.float32
         self.batch_invariant = exact if batch_invariant is None else batch_invariant
         self.page_size = at_least("page_size", page_size, 1)
