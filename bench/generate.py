@@ -198,7 +198,8 @@ class TransformersGenerate:
 
     def two_passes(self, prompt: str, seed: int) -> Tensor:
         """transformers' own guidance: the unconditional pass is a second call of the model."""
-        model, contexts = self.engine.model, self.engine.model.build_prompt(prompt, None)
+        model = self.engine.model
+        contexts = model.build_prompt(prompt, None, *model.image_size)
         first = model.first_code
 
         def image_only(_: Tensor, scores: Tensor) -> Tensor:
@@ -222,7 +223,8 @@ class TransformersGenerate:
 
     def one_batch(self, prompt: str, seed: int) -> Tensor:
         """Conditional and unconditional rows of one batch; the processor draws the token for both."""
-        model, contexts = self.engine.model, self.engine.model.build_prompt(prompt, None)
+        model = self.engine.model
+        contexts = model.build_prompt(prompt, None, *model.image_size)
         first, scale = model.first_code, model.defaults.params.guidance_scale
 
         def draw_for_both(_: Tensor, scores: Tensor) -> Tensor:

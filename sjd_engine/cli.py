@@ -1,4 +1,7 @@
-"""The command line: `sjd generate`, `sjd doctor`. Exit status 0, 2 (bad arguments) or 1 (failure, nothing written)."""
+"""The command line: `sjd generate`, `sjd convert`, `sjd doctor`.
+
+Exit status 0, 2 (bad arguments) or 1 (failure, nothing written).
+"""
 
 import os
 import platform
@@ -12,6 +15,8 @@ import typer
 from sjd_engine.methods import INITS, METHODS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+convert = typer.Typer(no_args_is_help=True, help="Rewrite a checkpoint in a form that loads safely.")
+app.add_typer(convert, name="convert")
 
 
 @app.command()
@@ -68,6 +73,18 @@ def generate(
             f"{path}: {method}, {stats.num_tokens} tokens in {stats.nfe} passes (NFE), "
             f"{stats.step_compression:.2f} tokens a pass, {stats.seconds:.2f} s"
         )
+
+
+@convert.command("cosmos")
+def convert_cosmos(
+    archive: Annotated[Path, typer.Argument(help="decoder.jit of Cosmos-1.0-Tokenizer-DV8x16x16.")],
+    output: Annotated[Path, typer.Argument(help=".safetensors file to write.")],
+) -> None:
+    """SimpleAR's detokenizer: TorchScript to safetensors, without running the archive."""
+    from sjd_engine.models.detokenizers import cosmos
+
+    num_weights = cosmos.convert(archive, output)
+    typer.echo(f"{output}: {num_weights:,} weights")
 
 
 @app.command()

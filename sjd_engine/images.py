@@ -1,14 +1,14 @@
 """Pixels: conversion and files."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from sjd_engine.files import written_whole
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
@@ -30,17 +30,9 @@ def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any]) ->
         recipe: JSON values; stored as JSON in "sjd_engine" and as the prompt line other tools read in "parameters".
     Raises: OSError where the folder cannot be written.
     """
-    path = Path(path)
     info = PngImagePlugin.PngInfo()
     info.add_text("sjd_engine", json.dumps(recipe))
     settings = ", ".join(f"{key}: {value}" for key, value in recipe.items() if key != "prompt")
     info.add_text("parameters", f"{recipe.get('prompt', '')}\n{settings}")
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with written_whole(Path(path)) as file:
+        image.save(file, format="PNG", pnginfo=info)

@@ -69,15 +69,14 @@ def make_request(
     params = replace(model.defaults.params, **{name: value for name, value in chosen.items() if value is not None})
     if negative_prompt is not None and params.guidance_scale == 1:
         raise ValueError("negative_prompt: needs guidance_scale > 1, got 1")
-    schedule = model.schedule(
-        model.image_size[0] if height is None else height, model.image_size[1] if width is None else width
-    )
+    size = (model.image_size[0] if height is None else height, model.image_size[1] if width is None else width)
+    schedule = model.schedule(*size)
     window_size = model.defaults.window_size if window_size is None else at_least("window_size", window_size, 1)
     if not reuse_threshold > 0:
         raise ValueError(f"reuse_threshold: expected > 0, got {reuse_threshold}")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-    prompts = [model.build_prompt(text, negative) for text, negative in zip(texts, negatives, strict=True)]
+    prompts = [model.build_prompt(text, negative, *size) for text, negative in zip(texts, negatives, strict=True)]
     window_size = min(window_size, schedule.num_tokens)
     grid = (schedule.rows, schedule.cols, *sorted(schedule.forced.items()))
     return Request(

@@ -150,7 +150,9 @@ def teacher_forced_logits(model: ImageModel, context: Context, codes: Tensor) ->
     prefix = model.context_embeddings(context)
     anchors = prefix[-1].expand(len(codes), -1)
     x = torch.cat((prefix.expand(len(codes), -1, -1), model.window_embeddings(codes[:, :-1], anchors)), 1)
-    hidden = model.transformer(x, model.transformer.new_cache(len(codes), x.shape[1]))
+    kv_cache = model.transformer.new_cache(len(codes), x.shape[1])
+    kv_cache.first_positions += context.first_position
+    hidden = model.transformer(x, kv_cache)
     return model.transformer.logits(hidden[:, len(context) - 1 :])
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # Who may import what of this project, lowest first; a module may import from its own level and from those above it.
 LEVELS = [
-    {"sjd_engine.kernels", "sjd_engine._C", "sjd_engine.errors"},
+    {"sjd_engine.kernels", "sjd_engine._C", "sjd_engine.errors", "sjd_engine.files"},
     {"sjd_engine.native"},
     {"sjd_engine.ops", "sjd_engine.sampling", "sjd_engine.methods", "sjd_engine.images"},
     {"sjd_engine.schedule", "sjd_engine.kv_cache"},

@@ -6,38 +6,49 @@ from pathlib import Path
 import torch
 
 from sjd_engine.errors import CheckpointError
+from sjd_engine.models import hub
+from sjd_engine.models.anole import AnoleModel
 from sjd_engine.models.base import ImageModel
+from sjd_engine.models.checkpoint import Checkpoint
 from sjd_engine.models.emoji import EmojiModel
-from sjd_engine.models.weights import read_json
+from sjd_engine.models.emu3 import Emu3Model
+from sjd_engine.models.janus import JanusModel
+from sjd_engine.models.llamagen import LlamaGenModel
+from sjd_engine.models.lumina import LuminaModel
+from sjd_engine.models.simplear import SimpleARModel
 
 __all__ = ["ImageModel", "load_model"]
 
-FAMILIES = (EmojiModel,)
+# The first that matches takes a checkpoint: Anole before Lumina-mGPT, whose files differ in little.
+FAMILIES = (EmojiModel, AnoleModel, LuminaModel, JanusModel, SimpleARModel, LlamaGenModel, Emu3Model)
 BUNDLED = {"emoji"}
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder of a bundled model or of a path. Raises: CheckpointError where there is none."""
+    """Where a checkpoint lies: a bundled model, a folder, one file of tensors, or what the Hugging Face hub has by that
+    name, fetched. Raises: CheckpointError where there is none."""
     if str(name) in BUNDLED:
         return Path(str(files("sjd_engine") / "assets" / str(name)))
-    folder = Path(name)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"model: {str(name)!r} is neither a bundled model ({', '.join(sorted(BUNDLED))}) nor a checkpoint folder"
-        )
-    return folder
+    path = Path(name)
+    if path.exists():
+        return path
+    if hub.is_id(str(name)):
+        return hub.fetch(str(name))
+    raise CheckpointError(
+        f"model: {str(name)!r} is neither a bundled model ({', '.join(sorted(BUNDLED))}) nor a checkpoint folder or "
+        "file, nor a hub id like 'deepseek-ai/Janus-Pro-1B'"
+    )
 
 
 def load_model(name: str | Path, device: torch.device, dtype: torch.dtype) -> ImageModel:
     """Load a checkpoint; its family is read from its files.
 
-    Raises: CheckpointError where the folder is missing, incomplete, damaged or of no known family.
+    Raises: CheckpointError where the files are missing, incomplete, damaged or of no known family.
     """
-    folder = checkpoint_folder(name)
-    config = read_json(folder / "config.json")
+    checkpoint = Checkpoint(checkpoint_folder(name), str(name))
     for family in FAMILIES:
-        if family.matches(config):
-            return family(folder, device, dtype)
-    raise CheckpointError(
-        f"{folder}: no known model family; known: {', '.join(f.__module__.rsplit('.', 1)[-1] for f in FAMILIES)}"
-    )
+        if family.matches(checkpoint):
+            return family(checkpoint, device, dtype)
+    missing = "" if checkpoint.config else "no config.json, and "
+    known = ", ".join(family.__module__.rpartition(".")[2] for family in FAMILIES)
+    raise CheckpointError(f"{checkpoint}: {missing}no known model family; known: {known}")

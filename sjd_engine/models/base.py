@@ -5,9 +5,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sjd_engine.errors import CheckpointError
 from sjd_engine.models.block import Transformer
+from sjd_engine.models.detokenizers.base import Detokenizer
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -66,23 +68,57 @@ class ImageModel(ABC):
         first_code: vocabulary row of image code 0.
         defaults: window and sampling parameters.
         image_size: (height, width) in pixels of the default image.
+        sizes: all that the model was trained for.
     """
 
     name: str
     transformer: Transformer
-    detokenizer: nn.Module
+    detokenizer: Detokenizer
     num_codes: int
     first_code: int
     defaults: Defaults
     image_size: tuple[int, int]
+    sizes: Sequence[tuple[int, int]]
 
     @abstractmethod
-    def build_prompt(self, prompt: str, negative_prompt: str | None) -> Prompt:
-        """Both contexts. Raises: ValueError where a text is empty or too long."""
+    def build_prompt(self, prompt: str, negative_prompt: str | None, height: int, width: int) -> Prompt:
+        """Both contexts of an image of this size. Raises: ValueError where a text is empty or too long."""
 
     @abstractmethod
     def schedule(self, height: int, width: int) -> Schedule:
         """The plan of an image of this size. Raises: ValueError listing the sizes the model was trained for."""
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises: ValueError listing `sizes` where this is none of them."""
+        if (height, width) not in self.sizes:
+            listed = ", ".join(f"{h}x{w}" for h, w in self.sizes)
+            raise ValueError(f"height, width: {self.name} draws {listed} pixels, got {height}x{width}")
+
+    def check_codes(self, origin: object) -> None:
+        """Raises: CheckpointError, which names `origin`, where the detokenizer is not one of `num_codes` codes."""
+        if self.detokenizer.codebook_size != self.num_codes:
+            raise CheckpointError(
+                f"{origin}: expected a detokenizer of {self.num_codes} codes, got {self.detokenizer.codebook_size}"
+            )
+
+    def token_context(self, argument: str, ids: Sequence[int], schedule: Schedule) -> Context:
+        """A context of tokens before an image.
+
+        Args:
+            argument: where its text came from, for the error.
+        Raises: ValueError where it leaves no room for the image.
+        """
+        room = self.transformer.config.max_positions - schedule.num_tokens
+        if len(ids) > room:
+            raise ValueError(
+                f"{argument}: expected at most {room} tokens with those of the template, got {len(ids)}; shorten it"
+            )
+        return Context.of_tokens(ids)
+
+    def refuse_negative(self, negative_prompt: str | None) -> None:
+        """Raises: ValueError where there is a negative prompt: the model was trained without."""
+        if negative_prompt is not None:
+            raise ValueError(f"negative_prompt: {self.name} has none; leave it out")
 
     def context_embeddings(self, context: Context) -> Tensor:
         """[N, hidden]: what the transformer reads for a context."""

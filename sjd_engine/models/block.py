@@ -27,6 +27,9 @@ class BlockConfig:
     qk_norm: LayerNorm of queries and keys over the head dimension, affine per (head, dim), before RoPE (Chameleon).
     qkv_bias: biases on queries, keys and values (Qwen2).
     num_kv_heads: fewer than num_heads is grouped-query attention.
+    head_dim: of the checkpoint. Heads are stored with `padded_head_dim` rows.
+
+    Raises: ValueError for qk_norm over padded heads.
     """
 
     num_layers: int
@@ -42,13 +45,22 @@ class BlockConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
 
+    def __post_init__(self) -> None:
+        if self.qk_norm and self.padded_head_dim != self.head_dim:
+            raise ValueError(f"BlockConfig: qk_norm needs a head_dim that is a power of 2, got {self.head_dim}")
+
+    @property
+    def padded_head_dim(self) -> int:
+        """The next power of 2, as matrix units want it; see `weights.pad_heads` for where the zeros stand."""
+        return 1 << (self.head_dim - 1).bit_length()
+
     @property
     def q_size(self) -> int:
-        return self.num_heads * self.head_dim
+        return self.num_heads * self.padded_head_dim
 
     @property
     def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
+        return self.num_kv_heads * self.padded_head_dim
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,9 @@ class Block(nn.Module):
         self.wo = nn.Parameter(torch.empty(hidden, config.q_size))
         self.w_gate_up = nn.Parameter(torch.empty(2 * ffn, hidden))
         self.w_down = nn.Parameter(torch.empty(hidden, ffn))
-        if config.qk_norm:  # [weight | bias] of every query head, then of every kv head
-            self.qk_norm = nn.Parameter(torch.empty(2, config.num_heads + config.num_kv_heads, config.head_dim))
+        if config.qk_norm:  # every query head, then every kv head
+            self.qk_norm = nn.Parameter(torch.empty(config.num_heads + config.num_kv_heads, config.head_dim))
+            self.qk_norm_bias = nn.Parameter(torch.empty_like(self.qk_norm))
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """x: [S, N, hidden] -> the same."""
@@ -99,38 +112,57 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         config = self.config
-        qkv = F.linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.head_dim))
+        qkv = F.linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.padded_head_dim))
         qk, values = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), 2)
         rotated = rotate(self._normalise_heads(qk) if config.qk_norm else qk, run.cos, run.sin)
         queries, keys = rotated.split((config.num_heads, config.num_kv_heads), 2)
+        if config.padded_head_dim != config.head_dim:  # attention divides by the root of the padded size
+            queries = queries * (config.padded_head_dim / config.head_dim) ** 0.5
         run.kv_cache.append(self.layer, keys, values)
         out = run.kv_cache.attend(self.layer, queries, run.span)
         return F.linear(out.flatten(2), self.wo)
 
     def _normalise_heads(self, qk: Tensor) -> Tensor:
-        weight, bias = self.qk_norm
-        return F.layer_norm(qk, qk.shape[-1:], eps=QK_NORM_EPS) * weight + bias
+        return F.layer_norm(qk, qk.shape[-1:], eps=QK_NORM_EPS) * self.qk_norm + self.qk_norm_bias
 
 
 class Transformer(nn.Module):
-    """Blocks, final norm, token embedding and the image rows of the LM head.
+    """Blocks, final norm, token embedding and the head that scores image codes.
 
     Args:
         config: sizes and switches.
         vocab_size: rows of the token embedding.
         num_codes: rows of the head, V.
+        rope: (cos, sin) in the layout of `rope.rope_table`; None for the 1-D table of the config.
+        head_hidden: None for a linear head, or the width of a two-layer one with biases and GELU between (Janus).
     """
 
-    def __init__(self, config: BlockConfig, vocab_size: int, num_codes: int):
+    def __init__(
+        self,
+        config: BlockConfig,
+        vocab_size: int,
+        num_codes: int,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        head_hidden: int | None = None,
+    ):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(vocab_size, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         # float32 whatever the blocks are: logits of bfloat16 would be rounded by up to 0.06 at |z| = 20.
-        self.head = nn.Parameter(torch.empty(num_codes, config.hidden_size, dtype=torch.float32))
-        with torch.device("cpu"):  # real even where the parameters are laid out on the meta device
-            cos, sin = rope_table(config.max_positions, config.head_dim, config.rope_theta)
+        self.head = nn.Parameter(torch.empty(num_codes, head_hidden or config.hidden_size, dtype=torch.float32))
+        self.head_bias = self.head_in = self.head_in_bias = None
+        if head_hidden is not None:
+            self.head_bias = nn.Parameter(torch.empty(num_codes, dtype=torch.float32))
+            self.head_in = nn.Parameter(torch.empty(head_hidden, config.hidden_size, dtype=torch.float32))
+            self.head_in_bias = nn.Parameter(torch.empty(head_hidden, dtype=torch.float32))
+        if rope is None:
+            with torch.device("cpu"):  # real even where the parameters are laid out on the meta device
+                rope = rope_table(config.max_positions, config.head_dim, config.rope_theta)
+        padding = (config.padded_head_dim - config.head_dim) // 2
+        cos, sin = (F.pad(t.unflatten(1, (2, -1)), (0, padding)).flatten(1) for t in rope)
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
@@ -141,10 +173,9 @@ class Transformer(nn.Module):
         return self.embedding.dtype
 
     def cast(self, dtype: torch.dtype) -> "Transformer":
-        """Everything but the head in `dtype`, in memory of its own: tensors mapped from a file are not aligned for the
-        matrix kernels, which then take up to twice as long."""
+        """Everything but the head in `dtype`."""
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            tensor.data = tensor.data.to(tensor.dtype if name == "head" else dtype, copy=True)
+            tensor.data = tensor.data.to(tensor.dtype if name.startswith("head") else dtype)
         return self
 
     def new_cache(
@@ -155,7 +186,7 @@ class Transformer(nn.Module):
         return PagedKVCache(
             config.num_layers,
             config.num_kv_heads,
-            config.head_dim,
+            config.padded_head_dim,
             num_sequences=num_sequences,
             capacity=capacity,
             page_size=page_size,
@@ -188,5 +219,7 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> [..., V] float32 logits of the image rows."""
-        hidden = F.rms_norm(hidden, self.norm.shape, self.norm, self.config.norm_eps)
-        return F.linear(hidden.float(), self.head)
+        hidden = F.rms_norm(hidden, self.norm.shape, self.norm, self.config.norm_eps).float()
+        if self.head_in is not None:
+            hidden = F.gelu(F.linear(hidden, self.head_in, self.head_in_bias))
+        return F.linear(hidden, self.head, self.head_bias)

@@ -6,16 +6,16 @@ Checkpoint:     config.json (Qwen2 config + "image_generation"), model.safetenso
                 detokenizer.safetensors, detokenizer_config.json
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from sjd_engine.errors import CheckpointError
 from sjd_engine.models.base import Context, Defaults, ImageModel, Prompt
+from sjd_engine.models.checkpoint import Checkpoint, read_json, read_tensors
 from sjd_engine.models.detokenizers.fsq import FSQConfig, FSQDecoder
-from sjd_engine.models.weights import assign, load_qwen2, read_json, read_tensors
+from sjd_engine.models.vocabulary import Vocabulary
+from sjd_engine.models.weights import assign, load_qwen2
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -25,39 +25,39 @@ FAMILY = "emoji"
 class EmojiModel(ImageModel):
     """See the module."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        config = read_json(folder / "config.json")
-        plan: dict[str, Any] = config["image_generation"]
-        detokenizer_config = read_json(folder / "detokenizer_config.json")
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        plan: dict[str, Any] = checkpoint.config["image_generation"]
+        detokenizer_config = read_json(checkpoint.folder / "detokenizer_config.json")
         try:
             fsq = FSQConfig(**{**detokenizer_config, "levels": tuple(detokenizer_config["levels"])})
             rows, cols = plan["grid"]
             self.first_code, self.max_prompt_tokens = plan["first_code"], plan["max_prompt_tokens"]
-            defaults = plan["defaults"]
+            defaults = dict(plan["defaults"])
             self.defaults = Defaults(defaults.pop("window_size"), SamplingParams(**defaults))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder}: config.json or detokenizer_config.json is incomplete: {error}") from None
-        self.name, self.num_codes = config.get("name", folder.name), fsq.codebook_size
+            raise CheckpointError(
+                f"{checkpoint}: config.json or detokenizer_config.json is incomplete: {error}"
+            ) from None
+        self.name, self.num_codes = checkpoint.config.get("name", checkpoint.name), fsq.codebook_size
         self.image_size = (rows * fsq.patch_size, cols * fsq.patch_size)
         self._grid = (rows, cols)
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises a bare Exception
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer file ({error})") from None
-        transformer = load_qwen2(folder, config, first_code=self.first_code, num_codes=self.num_codes, dtype=dtype)
+        self.sizes = (self.image_size,)
+        self.tokenizer = Vocabulary(checkpoint, "tokenizer.json").tokenizer
         with torch.device("meta"):
             detokenizer = FSQDecoder(fsq)
-        path = folder / "detokenizer.safetensors"
+        path = checkpoint.folder / "detokenizer.safetensors"
         assign(detokenizer, {name: t.float() for name, t in read_tensors(path).items()}, path)
-        self.transformer = transformer.to(device)
         self.detokenizer = detokenizer.to(device)
+        self.transformer = load_qwen2(
+            checkpoint, first_code=self.first_code, num_codes=self.num_codes, device=device, dtype=dtype
+        )
 
     @staticmethod
-    def matches(config: dict[str, Any]) -> bool:
-        """Whether a checkpoint with this config.json is one of the family."""
-        return config.get("image_generation", {}).get("family") == FAMILY
+    def matches(checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is one of the family."""
+        return checkpoint.family == FAMILY
 
-    def build_prompt(self, prompt: str, negative_prompt: str | None) -> Prompt:
+    def build_prompt(self, prompt: str, negative_prompt: str | None, height: int, width: int) -> Prompt:
         return Prompt(
             self._encode("prompt", prompt),
             self._encode("negative_prompt", negative_prompt or ""),
@@ -72,7 +72,5 @@ class EmojiModel(ImageModel):
         return Context.of_tokens(ids)
 
     def schedule(self, height: int, width: int) -> Schedule:
-        if (height, width) != self.image_size:
-            size = "x".join(map(str, self.image_size))
-            raise ValueError(f"height, width: {self.name} draws {size} pixels, got {height}x{width}")
+        self.check_size(height, width)
         return Schedule(*self._grid)

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from sjd_engine.models import checkpoint_folder
-from sjd_engine.models.block import BlockConfig, Transformer
-from sjd_engine.models.weights import load_qwen2, read_json
+from sjd_engine.models.block import Transformer
+from sjd_engine.models.checkpoint import Checkpoint
+from sjd_engine.models.weights import load_qwen2
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,7 +22,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 @pytest.fixture(scope="module")
 def qwen2(tmp_path_factory):
-    """(folder, config) of a tiny random Qwen2 checkpoint with grouped queries, biases and an untied head."""
+    """A tiny random Qwen2 checkpoint with grouped queries, biases and an untied head."""
     config = transformers.Qwen2Config(
         vocab_size=200,
         hidden_size=64,
@@ -37,7 +38,20 @@ def qwen2(tmp_path_factory):
     randomise(model)
     folder = tmp_path_factory.mktemp("qwen2")
     model.save_pretrained(folder)
-    return folder, read_json(folder / "config.json")
+    return Checkpoint(folder)
+
+
+def load(checkpoint: Checkpoint, first_code: int, num_codes: int, dtype: torch.dtype = torch.float32) -> Transformer:
+    device = torch.device("cpu")
+    return load_qwen2(checkpoint, first_code=first_code, num_codes=num_codes, device=device, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """(checkpoint, first code, number of codes) of the model that the package brings."""
+    checkpoint = Checkpoint(checkpoint_folder("emoji"))
+    first = checkpoint.config["image_generation"]["first_code"]
+    return checkpoint, first, checkpoint.config["vocab_size"] - 3072
 
 
 def full_logits(model: Transformer, ids: Tensor) -> Tensor:
@@ -45,45 +59,39 @@ def full_logits(model: Transformer, ids: Tensor) -> Tensor:
     return model.logits(model(model.embed(ids), cache))
 
 
-def hf_logits(folder, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+def hf_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
     with torch.inference_mode():
         return model(ids).logits.float()
 
 
 class TestQwen2:
     def test_float32_logits_equal_transformers(self, qwen2):
-        folder, config = qwen2
         ids = torch.randint(0, 200, (3, 40), generator=torch.Generator().manual_seed(1))
-        ours = load_qwen2(folder, config, first_code=50, num_codes=100, dtype=torch.float32)
-        expected = hf_logits(folder, ids, torch.float32)[..., 50:150]
+        ours = load(qwen2, 50, 100)
+        expected = hf_logits(qwen2, ids, torch.float32)[..., 50:150]
         assert (full_logits(ours, ids) - expected).abs().max() <= 1e-5
 
-    def test_bundled_weights_equal_transformers(self):
-        folder = checkpoint_folder("emoji")
-        config = read_json(folder / "config.json")
-        first, count = config["image_generation"]["first_code"], config["vocab_size"] - 3072
+    def test_bundled_weights_equal_transformers(self, bundled):
+        checkpoint, first, count = bundled
         ids = torch.randint(first, first + count, (2, 256), generator=torch.Generator().manual_seed(1))
-        exact = hf_logits(folder, ids, torch.float32)[..., first:]
-        ours = load_qwen2(folder, config, first_code=first, num_codes=count, dtype=torch.float32)
+        exact = hf_logits(checkpoint, ids, torch.float32)[..., first:]
+        ours = load(checkpoint, first, count)
         assert (full_logits(ours, ids) - exact).abs().max() <= 1e-5 * exact.abs().max()
 
-    def test_bfloat16_error_is_within_twice_that_of_transformers(self):
-        folder = checkpoint_folder("emoji")
-        config = read_json(folder / "config.json")
-        first, count = config["image_generation"]["first_code"], config["vocab_size"] - 3072
+    def test_bfloat16_error_is_within_twice_that_of_transformers(self, bundled):
+        checkpoint, first, count = bundled
         ids = torch.randint(first, first + count, (2, 256), generator=torch.Generator().manual_seed(1))
-        exact = hf_logits(folder, ids, torch.float32)[..., first:]
-        theirs = (hf_logits(folder, ids, torch.bfloat16)[..., first:] - exact).abs()
-        ours = load_qwen2(folder, config, first_code=first, num_codes=count, dtype=torch.bfloat16)
+        exact = hf_logits(checkpoint, ids, torch.float32)[..., first:]
+        theirs = (hf_logits(checkpoint, ids, torch.bfloat16)[..., first:] - exact).abs()
+        ours = load(checkpoint, first, count, torch.bfloat16)
         errors = (full_logits(ours, ids) - exact).abs()
         assert errors.max() <= 2 * theirs.max()
         assert errors.mean() <= 2 * theirs.mean()
 
     def test_windows_with_rollback_equal_one_full_pass(self, qwen2):
         """Ragged lengths, random chunks, rejected tokens that are overwritten."""
-        folder, config = qwen2
-        model = load_qwen2(folder, config, first_code=0, num_codes=200, dtype=torch.float32)
+        model = load(qwen2, 0, 200)
         generator = torch.Generator().manual_seed(2)
         ids = torch.randint(0, 200, (3, 48), generator=generator)
         expected = full_logits(model, ids)
@@ -104,64 +112,6 @@ class TestQwen2:
         assert (got - expected).abs().max() <= 2e-5
 
     def test_a_full_cache_is_an_error(self, qwen2):
-        folder, config = qwen2
-        model = load_qwen2(folder, config, first_code=0, num_codes=200, dtype=torch.float32)
+        model = load(qwen2, 0, 200)
         with pytest.raises(ValueError, match="exceed the capacity of 4"):
             model(model.embed(torch.zeros(1, 5, dtype=torch.int64)), model.new_cache(1, 4))
-
-
-@pytest.mark.parametrize("swin", [False, True], ids=["pre", "swin"])
-def test_chameleon_switches_equal_transformers(swin):
-    """QK-norm with an affine per (head, dim), and both norm styles."""
-    config = transformers.ChameleonConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2 if swin else 4,
-        max_position_embeddings=64,
-        swin_norm=swin,
-        vocabulary_map={"<image>": 70, **{f"IMGIMG{chr(65 + i // 26)}{chr(65 + i % 26)}Z": 4 + i for i in range(64)}},
-        vq_config={"base_channels": 32, "channel_multiplier": [1, 2], "embed_dim": 8, "num_embeddings": 64},
-    )
-    theirs = transformers.ChameleonModel(config).eval()
-    randomise(theirs)
-    head = 0.1 * torch.randn(160, 64, generator=torch.Generator().manual_seed(4))
-    block = BlockConfig(
-        num_layers=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=4,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=16,
-        max_positions=64,
-        rope_theta=1e4,
-        norm_eps=config.rms_norm_eps,
-        norm_style="swin" if swin else "pre",
-        qk_norm=True,
-    )
-    ours = Transformer(block, 160, 160)
-    source = dict(theirs.named_parameters())
-    state = {"embedding": source["embed_tokens.weight"], "norm": source["norm.weight"], "head": head}
-    for i in range(2):
-        layer = f"layers.{i}"
-        attention = f"{layer}.self_attn"
-        norms = [
-            torch.cat((source[f"{attention}.q_norm.{part}"], source[f"{attention}.k_norm.{part}"]))
-            for part in ("weight", "bias")
-        ]
-        state |= {
-            f"blocks.{i}.norm1": source[f"{layer}.input_layernorm.weight"],
-            f"blocks.{i}.norm2": source[f"{layer}.post_attention_layernorm.weight"],
-            f"blocks.{i}.wqkv": torch.cat([source[f"{attention}.{x}_proj.weight"] for x in "qkv"]),
-            f"blocks.{i}.wo": source[f"{attention}.o_proj.weight"],
-            f"blocks.{i}.w_gate_up": torch.cat([source[f"{layer}.mlp.{x}_proj.weight"] for x in ("gate", "up")]),
-            f"blocks.{i}.w_down": source[f"{layer}.mlp.down_proj.weight"],
-            f"blocks.{i}.qk_norm": torch.stack(norms),
-        }
-    ours.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
-    ids = torch.randint(71, 160, (2, 30), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        expected = theirs(ids).last_hidden_state @ head.T
-    assert (full_logits(ours, ids) - expected).abs().max() <= 1e-5

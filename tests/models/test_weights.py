@@ -44,12 +44,12 @@ def test_a_missing_file(folder, name):
 
 def test_a_missing_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
-    refuse(folder, "tokenizer.json: not a tokenizer file")
+    refuse(folder, "no tokenizer.json")
 
 
 def test_foreign_weights(folder):
     save_file({"transformer.h.0.attn.weight": torch.zeros(3)}, folder / "model.safetensors")
-    refuse(folder, r"missing model\.embed_tokens\.weight; expected the Qwen2 layout")
+    refuse(folder, "8 layers, but there are 1 tensors")
 
 
 def test_an_unknown_tensor(folder):
@@ -81,7 +81,7 @@ def test_a_config_without_a_key(folder, key):
 
 def test_an_unknown_family(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    refuse(folder, "no known model family; known: emoji")
+    refuse(folder, "no known model family; known: emoji, anole")
 
 
 def test_neither_name_nor_folder():

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sjd_engine.models.detokenizers.base import Detokenizer
+
 
 @dataclass(frozen=True)
 class FSQConfig:
@@ -48,14 +50,15 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class FSQDecoder(nn.Module):
-    """Codes of a grid to an image: [B, rows, cols] int64 -> [B, 3, rows * patch, cols * patch] float in [-1, 1]."""
+class FSQDecoder(Detokenizer):
+    """The values of a code, residual blocks, and two doublings by pixel shuffle."""
 
     def __init__(self, config: FSQConfig):
         super().__init__()
         if config.patch_size != 4:
             raise ValueError(f"FSQDecoder: patch_size must be 4, got {config.patch_size}")
         self.config = config
+        self.codebook_size, self.patch_size = config.codebook_size, config.patch_size
         channels = config.channels
         self.conv_in = nn.Conv2d(len(config.levels), channels, 3, padding=1)
         self.blocks = nn.Sequential(*(ResBlock(channels) for _ in range(config.num_res_blocks)))
@@ -70,7 +73,6 @@ class FSQDecoder(nn.Module):
         h = F.silu(F.pixel_shuffle(self.up2(h), 2))
         return self.conv_out(h)
 
-    @torch.inference_mode()
-    def forward(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         values = codes_to_values(codes, self.config.levels).permute(0, 3, 1, 2)
-        return self.decode_values(values.to(self.conv_in.weight.dtype)).float().clamp(-1, 1)
+        return self.decode_values(values.to(self.conv_in.weight.dtype))
