@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sjd_engine.models import ImageModel
 from sjd_engine.models.block import Block, BlockConfig, Pass, Transformer
 
 
@@ -50,18 +49,12 @@ def add_up(x: Tensor) -> Tensor:
     return x
 
 
-def share_model(model: ImageModel, device: torch.device) -> None:
-    """Leave of the model what this process computes, on `device`. All processes of the default group call this, and
-    later make the same calls of the model.
+def share(transformer: Transformer) -> SharedTransformer:
+    """This process's share of `transformer`, which is used up layer by layer. All processes of the default group call
+    this, and later make the same calls of it.
 
     Raises: RuntimeError without a process group; ValueError where heads, feed-forward or codes cannot be cut equally.
     """
-    model.transformer = share_transformer(model.transformer).to(device)
-    model.detokenizer = model.detokenizer.to(device)
-
-
-def share_transformer(transformer: Transformer) -> SharedTransformer:
-    """This process's share of `transformer`, which is used up layer by layer."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "tensor_parallel: there is no process group; start the program with torchrun and call "
@@ -76,9 +69,9 @@ def share_transformer(transformer: Transformer) -> SharedTransformer:
     for name, count in counts.items():
         if count % size:
             raise ValueError(f"tensor_parallel: expected a number of processes that divides {count} {name}, got {size}")
-    share = SharedTransformer.__new__(SharedTransformer)
-    share.__dict__.update(transformer.__dict__)
-    share.config = replace(
+    part = SharedTransformer.__new__(SharedTransformer)
+    part.__dict__.update(transformer.__dict__)
+    part.config = replace(
         config,
         num_heads=config.num_heads // size,
         num_kv_heads=config.num_kv_heads // size,
@@ -86,12 +79,12 @@ def share_transformer(transformer: Transformer) -> SharedTransformer:
     )
     for layer, block in enumerate(transformer.blocks):
         with torch.device("meta"):
-            mine = SharedBlock(share.config, layer)
+            mine = SharedBlock(part.config, layer)
         mine.load_state_dict({name: cut(name, t, config) for name, t in block.state_dict().items()}, assign=True)
-        share.blocks[layer] = mine.requires_grad_(False)
+        part.blocks[layer] = mine.requires_grad_(False)
     for name, parameter in transformer.named_parameters(recurse=False):
-        setattr(share, name, nn.Parameter(cut(name, parameter, config), requires_grad=False))
-    return share
+        setattr(part, name, nn.Parameter(cut(name, parameter, config), requires_grad=False))
+    return part
 
 
 def cut(name: str, tensor: Tensor, config: BlockConfig) -> Tensor:

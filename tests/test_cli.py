@@ -59,3 +59,10 @@ def test_doctor_names_versions_and_backend(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ("torch", "verify", "cpu", "compiled", "dtype"):
         assert word in done.stdout
+
+
+def test_doctor_tells_the_memory_of_a_model(tmp_path):
+    done = sjd("doctor", "--model", "emoji", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in ("weights       transformer", "MB an image: 2 x 256 tokens", "MB of this process"):
+        assert line in done.stdout

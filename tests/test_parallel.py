@@ -13,7 +13,7 @@ from torch import Tensor
 from sjd_engine import Engine, parallel
 from sjd_engine.models.block import BlockConfig, Transformer
 
-PROMPTS = ["a red apple on grass", "noto dog face"]
+PROMPT = "a red apple on grass"
 REQUESTS = ({"method": "exact"}, {"method": "jacobi", "guidance_scale": 1.0})
 SWITCHES = {
     "grouped": {"num_kv_heads": 2, "qkv_bias": True},
@@ -53,7 +53,7 @@ def matrix_bytes(model: Transformer) -> int:
 def images(**arguments: object) -> list[Tensor]:
     engine = Engine("emoji", device="cpu", dtype=torch.float32, **arguments)
     return [
-        engine.generate(PROMPTS, window_size=16, seed=3, output_type="codes", progress=False, **request).token_ids
+        engine.generate(PROMPT, window_size=32, seed=3, output_type="codes", progress=False, **request).token_ids
         for request in REQUESTS
     ]
 
@@ -63,7 +63,7 @@ def work(folder: Path) -> None:
     dist.init_process_group("gloo")
     seen: dict[str, object] = {"images": images(tensor_parallel=True)}
     for name, switches in SWITCHES.items():
-        share = parallel.share_transformer(tiny(switches))
+        share = parallel.share(tiny(switches))
         seen[name] = logits(share)
         seen[f"{name} bytes"] = matrix_bytes(share)
     whole_sum, parallel.add_up = parallel.add_up, lambda x: x
@@ -71,7 +71,7 @@ def work(folder: Path) -> None:
     parallel.add_up = whole_sum
     uneven = tiny(SWITCHES["grouped"] | {"num_kv_heads": 1})
     try:
-        parallel.share_transformer(uneven)
+        parallel.share(uneven)
     except ValueError as error:
         seen["refused"] = str(error)
     torch.save(seen, folder / f"{dist.get_rank()}.pt")
