@@ -28,7 +28,7 @@ class BlockConfig:
     qk_norm: LayerNorm of queries and keys over the head dimension, affine per (head, dim), before RoPE (Chameleon).
     qkv_bias: biases on queries, keys and values (Qwen2).
     num_kv_heads: fewer than num_heads is grouped-query attention.
-    head_dim: of the checkpoint. Heads are stored with `padded_head_dim` rows.
+    unpadded_head_dim: of the checkpoint; heads are stored and cached with `head_dim`.
 
     Raises: ValueError for qk_norm over padded heads.
     """
@@ -38,7 +38,7 @@ class BlockConfig:
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    unpadded_head_dim: int
     max_positions: int
     rope_theta: float
     norm_eps: float
@@ -47,21 +47,21 @@ class BlockConfig:
     qkv_bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.qk_norm and self.padded_head_dim != self.head_dim:
-            raise ValueError(f"BlockConfig: qk_norm needs a head_dim that is a power of 2, got {self.head_dim}")
+        if self.qk_norm and self.head_dim != self.unpadded_head_dim:
+            raise ValueError(f"BlockConfig: qk_norm needs heads of a power of 2, got {self.unpadded_head_dim}")
 
     @property
-    def padded_head_dim(self) -> int:
+    def head_dim(self) -> int:
         """The next power of 2, as matrix units want it; see `weights.pad_heads` for where the zeros stand."""
-        return 1 << (self.head_dim - 1).bit_length()
+        return 1 << (self.unpadded_head_dim - 1).bit_length()
 
     @property
     def q_size(self) -> int:
-        return self.num_heads * self.padded_head_dim
+        return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        return self.num_kv_heads * self.padded_head_dim
+        return self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         config = self.config
-        qkv = linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.padded_head_dim))
+        qkv = linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.head_dim))
         qk, values = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), 2)
         rotated = rotate(self._normalise_heads(qk) if config.qk_norm else qk, run.cos, run.sin)
         queries, keys = rotated.split((config.num_heads, config.num_kv_heads), 2)
-        if config.padded_head_dim != config.head_dim:  # attention divides by the root of the padded size
-            queries = queries * (config.padded_head_dim / config.head_dim) ** 0.5
+        if config.head_dim != config.unpadded_head_dim:  # attention divides by the root of the padded size
+            queries = queries * (config.head_dim / config.unpadded_head_dim) ** 0.5
         run.kv_cache.append(self.layer, keys, values)
         out = run.kv_cache.attend(self.layer, queries, run.span)
         return linear(out.flatten(2), self.wo)
@@ -161,8 +161,8 @@ class Transformer(nn.Module):
             self.head_in_bias = nn.Parameter(torch.empty(head_hidden, dtype=torch.float32))
         if rope is None:
             with torch.device("cpu"):  # real even where the parameters are laid out on the meta device
-                rope = rope_table(config.max_positions, config.head_dim, config.rope_theta)
-        padding = (config.padded_head_dim - config.head_dim) // 2
+                rope = rope_table(config.max_positions, config.unpadded_head_dim, config.rope_theta)
+        padding = (config.head_dim - config.unpadded_head_dim) // 2
         cos, sin = (F.pad(t.unflatten(1, (2, -1)), (0, padding)).flatten(1) for t in rope)
         self.cos: Tensor
         self.sin: Tensor
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         return PagedKVCache(
             config.num_layers,
             config.num_kv_heads,
-            config.padded_head_dim,
+            config.head_dim,
             num_sequences=num_sequences,
             capacity=capacity,
             page_size=page_size,

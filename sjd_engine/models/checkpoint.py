@@ -72,8 +72,12 @@ class Checkpoint:
         self._open, self._mapped_bytes = {}, 0
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, which is cut off."""
-        return {key.removeprefix(prefix): self.read(key) for key in self.shapes if key.startswith(prefix)}
+        """The tensors whose names begin with `prefix`, which is cut off; mapped, of any dtype."""
+        return {
+            key.removeprefix(prefix): self._mapped(path)[key]
+            for key, path in self._files.items()
+            if key.startswith(prefix)
+        }
 
     @cached_property
     def _files(self) -> dict[str, Path]:

@@ -102,7 +102,7 @@ class LlamaGenModel(ImageModel):
             lambda block: {"embedding": embedding, "head": [Piece.of("output.weight")], **layout(block)},
             vocab_size=self.num_codes + (shapes[CLASSES][0] if self._num_classes else 0),
             num_codes=self.num_codes,
-            rope=grid_rope_table(num_conditioning, side // PATCH, block.head_dim, block.rope_theta),
+            rope=grid_rope_table(num_conditioning, side // PATCH, block.unpadded_head_dim, block.rope_theta),
             device=device,
             dtype=dtype,
             ignored=("freqs_cis", *(TEXT_PREFIXES if self.text_conditional else ())),
@@ -170,7 +170,7 @@ def read_block(shapes: dict[str, torch.Size], max_positions: int) -> BlockConfig
         intermediate_size=gate[0],
         num_heads=hidden_size // head_dim,
         num_kv_heads=hidden_size // head_dim,
-        head_dim=head_dim,
+        unpadded_head_dim=head_dim,
         max_positions=max_positions,
         rope_theta=1e4,
         norm_eps=1e-5,
@@ -179,7 +179,7 @@ def read_block(shapes: dict[str, torch.Size], max_positions: int) -> BlockConfig
 
 def layout(block: BlockConfig) -> Layout:
     """Final norm and blocks with the authors' names."""
-    hidden_size, pad, halves = block.hidden_size, pad_heads(block), pair_halves(block.head_dim)
+    hidden_size, pad, halves = block.hidden_size, pad_heads(block), pair_halves(block.unpadded_head_dim)
     found: Layout = {"norm": [Piece.of("norm.weight")]}
     for i in range(block.num_layers):
         source, target = f"layers.{i}", f"blocks.{i}"

@@ -135,9 +135,9 @@ def pair_halves(head_dim: int) -> Callable[[Tensor], Tensor]:
 
 
 def pad_heads(block: BlockConfig) -> Callable[[Tensor], Tensor]:
-    """Rows of heads of `head_dim` -> of `padded_head_dim`: zeros behind each half, since the halves are rotated as
+    """Rows of heads of `unpadded_head_dim` -> of `head_dim`: zeros behind each half, since the halves are rotated as
     pairs. Heads of a power of 2 rows are left alone."""
-    half, padded = block.head_dim // 2, block.padded_head_dim // 2
+    half, padded = block.unpadded_head_dim // 2, block.head_dim // 2
 
     def pad(tensor: Tensor) -> Tensor:
         if half == padded:
@@ -204,7 +204,7 @@ def block_config(
             )
         return BlockConfig(
             **sizes,
-            head_dim=head_dim,
+            unpadded_head_dim=head_dim,
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or theta or config["rope_theta"]),
             norm_eps=config["rms_norm_eps"],
             norm_style="swin" if config.get("swin_norm") else "pre",

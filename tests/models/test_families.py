@@ -282,7 +282,7 @@ def janus_checkpoint(folder: Path, official: bool) -> Tiny:
         },
         vq_config={
             **{"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 8, "base_channels": 32},
-            **{"channel_multiplier": [1, 1, 1, 1, 1], "projection_dim": 64, "image_token_embed_dim": 48},
+            **{"channel_multiplier": [1, 1, 1, 1, 1], "projection_dim": 64, "image_token_embed_dim": 64},
         },
     )
     whole = randomise(transformers.JanusForConditionalGeneration(config))
@@ -309,7 +309,7 @@ def janus_checkpoint(folder: Path, official: bool) -> Tiny:
                 "model_type": "multi_modality",
                 "language_config": {"model_type": "llama", **text},
                 "vision_config": {"cls": "CLIPVisionTower", "params": {"image_size": 64}},
-                "gen_head_config": {"params": {"image_token_embed": 48, "image_token_size": CODES, "n_embed": 64}},
+                "gen_head_config": {"params": {"image_token_embed": 64, "image_token_size": CODES, "n_embed": 64}},
             },
         )
     else:
@@ -373,6 +373,7 @@ def emu3_checkpoint(folder: Path, layout: str) -> Tiny:
     ]
     ids = write_tokenizer(folder / "tokenizer.json", names)
     text = {**SIZES, "num_key_value_heads": 2, "vocab_size": len(names), "max_position_embeddings": 400}
+    text |= {"pad_token_id": 0}
     config = transformers.Emu3Config(
         text_config=text,
         vq_config={
@@ -426,14 +427,10 @@ def llamagen_forward(t: Mapping[str, Tensor], x: Tensor, first: int, num_conditi
     A pair of neighbouring entries is a complex number; image token i is turned by its row and its column.
     """
     heads = x.shape[1] // head_dim
-    turns = torch.zeros(len(x), head_dim // 2, dtype=torch.complex64)
-    for i in range(len(x)):
-        cell = first + i - num_conditioning
-        if cell >= 0:
-            for pair in range(head_dim // 2):
-                axis, index = divmod(pair, head_dim // 4)
-                angle = (cell // 4, cell % 4)[axis] * 10000.0 ** (-2 * index / (head_dim // 2))
-                turns[i, pair] = complex(math.cos(angle), math.sin(angle))
+    cells = first + torch.arange(len(x)) - num_conditioning
+    speeds = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    angles = torch.cat((torch.outer(cells // 4, speeds), torch.outer(cells % 4, speeds)), 1)
+    turns = torch.polar((cells >= 0).float()[:, None].expand_as(angles).contiguous(), angles)
 
     def norm(v: Tensor, weight: Tensor) -> Tensor:
         return v / (v.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
@@ -506,9 +503,10 @@ def llamagen_text_checkpoint(folder: Path) -> Tiny:
     encoder = randomise(transformers.T5EncoderModel(config))
     encoder.save_pretrained(folder / "flan-t5-xl")
 
+    text = torch.tensor([[*spell(ids, PROMPT.lower()), ids["</s>"]]])
+    padded = F.pad(encoder(text).last_hidden_state[0], (0, 0, 9 - text.shape[1], 0))
+
     def logits(context: str, tokens: list[int]) -> Tensor:
-        text = torch.tensor([[*spell(ids, PROMPT.lower()), ids["</s>"]]])
-        padded = F.pad(encoder(text).last_hidden_state[0], (0, 0, 9 - text.shape[1], 0))
         vectors = padded if context == "text" else tensors["cls_embedding.uncond_embedding"]
         vectors = vectors[9 - text.shape[1] :]
         h = F.gelu(vectors @ tensors["cls_embedding.cap_proj.fc1.weight"].T, approximate="tanh")
@@ -636,6 +634,7 @@ def test_exact_draws_the_image_of_one_token_a_pass(tiny):
     case, model = tiny
     engine = Engine(model)
     arguments = {"height": case.size[0], "width": case.size[1], "output_type": "pt", "progress": False, "seed": [3, 4]}
+    arguments |= {"guidance_scale": 1.5, "temperature": 2.0}  # a law that is not too sure
     ar, exact = (
         engine.generate([prompt_text(model)] * 2, method=method, window_size=6, **arguments)
         for method in ("ar", "exact")
@@ -644,3 +643,139 @@ def test_exact_draws_the_image_of_one_token_a_pass(tiny):
     assert torch.equal(ar.images, exact.images)
     assert ar.images.shape == (2, 3, *case.size)
     assert not torch.equal(ar.token_ids[0], ar.token_ids[1])
+
+
+# ------------------------------------------------------------------------------------------ the grammar at real sizes
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """Models of tiny weights that draw the families' real sizes, by layout."""
+
+    def load(name: str, folder: str | None = None) -> ImageModel:
+        path = CHECKPOINTS[name](tmp_path_factory.mktemp(name)).path
+        return load_model(
+            path if folder is None else path.rename(path.with_name(folder)), torch.device("cpu"), torch.float32
+        )
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("side", "num_sizes", "tallest"), [(512, 29, (1024, 256)), (768, 45, (1536, 384)), (1024, 59, (2048, 512))]
+)
+def test_lumina_breaks_every_line_of_every_size(full_size, side, num_sizes, tallest):
+    model = full_size("lumina", f"Lumina-mGPT-7B-{side}")
+    assert model.image_size == (side, side)
+    assert len(model.sizes) == len(set(model.sizes)) == num_sizes
+    assert max(model.sizes) == tallest
+    token = {name: CODES + model.vocabulary.token(name) for name in ("<reserved08799>", "<eoss>", "<reserved08706>")}
+    for height, width in model.sizes:
+        assert height * width <= side * side
+        assert max(height, width) <= 4 * min(height, width)
+        schedule, line = model.schedule(height, width), width // 16 + 1
+        assert schedule.num_tokens == height // 16 * line + 2
+        ends = [t for t, token_id in schedule.forced.items() if token_id == token["<reserved08799>"]]
+        assert ends == list(range(line - 1, height // 16 * line, line))
+        assert [schedule.forced[schedule.num_tokens - i] for i in (2, 1)] == [token["<eoss>"], token["<reserved08706>"]]
+    assert model.schedule(side, side).num_tokens == {512: 1056, 768: 2352, 1024: 4160}[side] + 2
+
+
+def test_emu3_breaks_every_line_of_every_shape(full_size):
+    model = full_size("emu3-hf")
+    model.detokenizer.patch_size = 8
+    model.sizes = emu3.shapes(720, 8)
+    assert model.sizes[:2] == ((720, 720), (624, 832))
+    for height, width in model.sizes:
+        assert abs(height * width / 720**2 - 1) < 0.02
+        schedule, line = model.schedule(height, width), width // 8 + 1
+        assert schedule.num_tokens == height // 8 * line + 3
+        assert all(schedule.forced[row * line + line - 1] == schedule.forced[line - 1] for row in range(height // 8))
+    assert model.schedule(720, 720).num_tokens == 8190 + 3
+
+
+def test_families_of_one_size(full_size):
+    anole_model, simplear_model = full_size("anole-hf"), full_size("simplear")
+    schedule = anole_model.schedule(512, 512)
+    assert schedule.num_tokens == 1025
+    assert dict(schedule.forced) == {1024: CODES + anole_model.image_end}
+    assert simplear_model.schedule(1024, 1024).num_tokens == 4096
+    for model in (anole_model, simplear_model):
+        with pytest.raises(ValueError, match=rf"draws {model.image_size[0]}x{model.image_size[1]} pixels, got 8x8"):
+            model.schedule(8, 8)
+
+
+# ------------------------------------------------------------------------------------------------ what families refuse
+
+
+def test_negative_prompts_where_the_family_has_them(tiny):
+    case, model = tiny
+    if isinstance(model, simplear.SimpleARModel | emu3.Emu3Model):
+        prompt = model.build_prompt(PROMPT, "dog", *case.size)
+        assert len(prompt.unconditional) < len(case.unconditional)
+    else:
+        with pytest.raises(ValueError, match="negative_prompt: .* has none"):
+            model.build_prompt(prompt_text(model), "dog", *case.size)
+
+
+def test_a_prompt_that_leaves_no_room_for_the_image(tiny):
+    case, model = tiny
+    if isinstance(model, llamagen.LlamaGenModel):
+        pytest.skip("classes are one token, texts are cut")
+    with pytest.raises(ValueError, match=r"prompt: expected at most \d+ tokens with those of the template, got \d+"):
+        model.build_prompt("word " * 100, None, *case.size)
+
+
+def test_lumina_can_keep_the_separator_in_the_unconditional_context(tmp_path):
+    case = lumina_checkpoint(tmp_path, swin=False)
+    model = case.load()
+    model.uncond = "sep_boi"
+    prompt = model.build_prompt(PROMPT, None, *case.size)
+    assert list(prompt.unconditional.ids) == [model.separator, *case.unconditional]
+    model.uncond = "nothing"
+    with pytest.raises(ValueError, match="uncond: expected one of boi, sep_boi, got 'nothing'"):
+        model.build_prompt(PROMPT, None, *case.size)
+
+
+class TestLlamaGenPrompts:
+    @pytest.mark.parametrize(
+        ("prompt", "number"), [("tench", 0), ("Tabby", 281), ("207", 207), ("Cardigan", 264), ("cardigan", 474)]
+    )
+    def test_a_class_by_name_or_number(self, prompt, number):
+        assert llamagen.class_number(prompt, 1000) == number
+
+    @pytest.mark.parametrize("prompt", ["a cat on a sofa", "1000", "-1"])
+    def test_what_is_no_class(self, prompt):
+        with pytest.raises(
+            ValueError, match="prompt: expected a class of ImageNet, by name like 'goldfish' or by number"
+        ):
+            llamagen.class_number(prompt, 1000)
+
+    def test_the_text_encoder_is_let_go_once_images_begin(self, tmp_path):
+        case = llamagen_text_checkpoint(tmp_path)
+        model = case.load()
+        prompt = model.build_prompt("A  Cat &amp; a dog, cut", None, *case.size)
+        assert len(prompt.conditional) == len(prompt.unconditional) == 9
+        assert prompt.conditional.first_position == 0
+        assert model.encoder._loaded is not None
+        model.context_embeddings(prompt.conditional)
+        assert model.encoder._loaded is None
+        again = model.build_prompt("A  Cat &amp; a dog, cut", None, *case.size)
+        assert model.encoder._loaded is None, "vectors are kept"
+        assert torch.equal(again.conditional.embeddings, prompt.conditional.embeddings)
+
+
+def test_a_converted_checkpoint_of_anole_has_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(anole, "SHARD_NUMEL", 20_000)
+    case = anole_meta_checkpoint(tmp_path / "meta" / "..")
+    converted = tmp_path / "converted"
+    assert anole.convert(case.path, converted) > 0
+    assert len(list(converted.glob("model-*.safetensors"))) > 2
+    ours = load_model(converted, torch.device("cpu"), torch.float32)
+    assert type(ours) is anole.AnoleModel
+    for name, parameter in case.load().transformer.named_parameters():
+        assert torch.equal(parameter, ours.transformer.get_parameter(name)), name
+    with pytest.raises(ValueError, match="output: expected a new folder"):
+        anole.convert(case.path, converted)
+    with pytest.raises(ValueError, match=r"source: expected a folder with models/7b/consolidated\.pth"):
+        anole.convert(converted, tmp_path / "other")
