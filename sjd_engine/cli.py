@@ -100,13 +100,15 @@ def convert_anole(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Load 'emoji' or a checkpoint, and tell its memory too.")] = None,
+) -> None:
     """Tell versions and what runs the decoding ops, and why."""
     import torch
 
     from sjd_engine import attention, native, ops
-    from sjd_engine.engine import default_dtype
     from sjd_engine.kv_cache import PAGE_SIZE
+    from sjd_engine.loading import default_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     typer.echo(f"python        {platform.python_version()} on {platform.machine()}")
@@ -136,6 +138,34 @@ def doctor() -> None:
             typer.echo(f"gpu           none: {error}")
     else:
         typer.echo(f"compiled      no: {native.why_not()}")
+    if model is not None:
+        tell_memory(model)
+
+
+def tell_memory(name: str) -> None:
+    """What a model takes: its weights, the keys and values of an image, and the most that loading it took."""
+    import resource
+
+    import torch
+
+    from sjd_engine.loading import load
+    from sjd_engine.models.linear import nbytes
+
+    def peak() -> float:
+        kilobyte = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 1e6
+
+    before, model = peak(), load(name)
+    transformer, schedule = model.transformer, model.schedule(*model.image_size)
+    sequences = 2 if model.defaults.params.guidance_scale > 1 else 1
+    weights = nbytes(transformer) / 1e6, nbytes(model.detokenizer) / 1e6
+    kept = sequences * schedule.num_tokens * transformer.kv_bytes / 1e6
+    typer.echo(f"model         {model.name}, {'x'.join(map(str, model.image_size))} pixels, {transformer.dtype}")
+    typer.echo(f"weights       transformer {weights[0]:,.1f} MB, detokenizer {weights[1]:,.1f} MB")
+    typer.echo(f"kv cache      {kept:,.1f} MB an image: {sequences} x {schedule.num_tokens} tokens, beside the prompts")
+    typer.echo(f"peak memory   {peak():,.0f} MB of this process, {before:,.0f} MB of them before it was loaded")
+    if model.device.type == "cuda":
+        typer.echo(f"              {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB of the GPU")
 
 
 def check_writable(output: Path) -> None:

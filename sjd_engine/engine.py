@@ -14,7 +14,8 @@ from tqdm import tqdm
 from sjd_engine import graph
 from sjd_engine.images import convert
 from sjd_engine.kv_cache import PAGE_SIZE
-from sjd_engine.models import ImageModel, load_model
+from sjd_engine.loading import load
+from sjd_engine.models import ImageModel
 from sjd_engine.outputs import Finished, Generation, StepInfo, StreamEvent
 from sjd_engine.request import at_least, make_request
 from sjd_engine.schedule import Schedule
@@ -40,7 +41,11 @@ class Engine:
         kv_cache_bytes: size of that cache; None takes what `max_batch_size` guided images of the default size need. It
             is taken with the first request.
         cuda_graphs: replay passes as CUDA graphs; None does on a GPU unless `batch_invariant` forbids it.
-    Raises: CheckpointError where the model cannot be loaded, ValueError for bad arguments.
+        quantization: "int8" stores the matrices of blocks and head in 8 bits, see `sjd_engine.quantize`.
+        tensor_parallel: share the transformer among the processes of the default torch.distributed group, see
+            `sjd_engine.parallel`. All of them make this engine and the same calls of it, and get the same images.
+    Raises: CheckpointError where the model cannot be loaded, ValueError for bad arguments, RuntimeError for
+        tensor_parallel without a process group.
 
         >>> out = Engine("emoji").generate("a red apple", seed=1)
         >>> out.images[0].save("apple.png")
@@ -57,15 +62,11 @@ class Engine:
         page_size: int = PAGE_SIZE,
         kv_cache_bytes: int | None = None,
         cuda_graphs: bool | None = None,
+        quantization: str | None = None,
+        tensor_parallel: bool = False,
     ):
         self.max_batch_size = at_least("max_batch_size", max_batch_size, 1)
-        if isinstance(model, ImageModel):
-            self.model = model
-        elif isinstance(model, str | Path):
-            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self.model = load_model(model, chosen, dtype or default_dtype(chosen))
-        else:
-            raise TypeError(f"model: expected a name, a checkpoint folder or an ImageModel, got {model!r}")
+        self.model = load(model, device, dtype, quantization=quantization, tensor_parallel=tensor_parallel)
         exact = self.model.transformer.dtype == torch.float32
         self.batch_invariant = exact if batch_invariant is None else batch_invariant
         self.page_size = at_least("page_size", page_size, 1)
@@ -238,10 +239,8 @@ class Engine:
         )
 
     def _num_pages(self) -> int:
-        config = self.model.transformer.config
         if self.kv_cache_bytes is not None:
-            slot = 2 * config.num_layers * config.kv_size * self.model.transformer.dtype.itemsize
-            return max(1, self.kv_cache_bytes // (slot * self.page_size))
+            return max(1, self.kv_cache_bytes // (self.model.transformer.kv_bytes * self.page_size))
         num_tokens = self.model.schedule(*self.model.image_size).num_tokens
         pages = -(-(num_tokens + SPARE_PROMPT_TOKENS) // self.page_size) + -(-SPARE_PROMPT_TOKENS // self.page_size)
         return 2 * self.max_batch_size * pages
@@ -311,11 +310,3 @@ class Engine:
         patch = pixels.shape[-1] // schedule.cols
         shown = known.repeat_interleave(patch, 2).repeat_interleave(patch, 3).to(pixels.device)
         return torch.where(shown, pixels, UNKNOWN_GREY)
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where `device` computes in it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if supported else torch.float32

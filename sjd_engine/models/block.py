@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sjd_engine.kv_cache import PAGE_SIZE, PagedKVCache
+from sjd_engine.models.linear import linear
 from sjd_engine.models.rope import rope_table, rotate
 
 QK_NORM_EPS = 1e-5  # Chameleon's LayerNorm over the head dimension has it hard-coded
@@ -107,12 +108,12 @@ class Block(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.w_gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.w_down)
+        gate, up = linear(x, self.w_gate_up).chunk(2, -1)
+        return linear(F.silu(gate) * up, self.w_down)
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         config = self.config
-        qkv = F.linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.head_dim))
+        qkv = linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.head_dim))
         qk, values = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), 2)
         rotated = rotate(self._normalise_heads(qk) if config.qk_norm else qk, run.cos, run.sin)
         queries, keys = rotated.split((config.num_heads, config.num_kv_heads), 2)
@@ -120,7 +121,7 @@ class Block(nn.Module):
             queries = queries * (config.head_dim / config.unpadded_head_dim) ** 0.5
         run.kv_cache.append(self.layer, keys, values)
         out = run.kv_cache.attend(self.layer, queries, run.span)
-        return F.linear(out.flatten(2), self.wo)
+        return linear(out.flatten(2), self.wo)
 
     def _normalise_heads(self, qk: Tensor) -> Tensor:
         return F.layer_norm(qk, qk.shape[-1:], eps=QK_NORM_EPS) * self.qk_norm + self.qk_norm_bias
@@ -172,6 +173,11 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the keys and values of one token."""
+        return 2 * self.config.num_layers * self.config.kv_size * self.dtype.itemsize
+
     def cast(self, dtype: torch.dtype) -> "Transformer":
         """Everything but the head in `dtype`."""
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
@@ -221,5 +227,5 @@ class Transformer(nn.Module):
         """hidden [..., hidden] -> [..., V] float32 logits of the image rows."""
         hidden = F.rms_norm(hidden, self.norm.shape, self.norm, self.config.norm_eps).float()
         if self.head_in is not None:
-            hidden = F.gelu(F.linear(hidden, self.head_in, self.head_in_bias))
-        return F.linear(hidden, self.head, self.head_bias)
+            hidden = F.gelu(linear(hidden, self.head_in, self.head_in_bias))
+        return linear(hidden, self.head, self.head_bias)
