@@ -148,7 +148,10 @@ def run_engine(engine: Engine, row: Row, prompt: str, seed: int, ar_codes: Tenso
         )
     stats, codes = out.stats[0], out.token_ids[0]
     if measured:
-        contexts, params = engine.model.build_prompt(prompt, None), engine.model.defaults.params
+        contexts, params = (
+            engine.model.build_prompt(prompt, None, *engine.model.image_size),
+            engine.model.defaults.params,
+        )
         scored = score_tokens(engine.model, contexts, codes[None], params)
         row.nfe.append(stats.nfe)
         row.seconds.append(stats.seconds)

@@ -117,7 +117,7 @@ class TestPages:
         shared.submit(prompt, num_images_per_prompt=8, **SETTINGS)
         shared.step()
         pool = shared.scheduler.prompts.kv_cache
-        contexts = vars(shared.model.build_prompt(prompt, None)).values()
+        contexts = vars(shared.model.build_prompt(prompt, None, 64, 64)).values()
         used = pool.num_pages - pool.num_free_pages
         prefixes = [len(context) - 1 for context in contexts]
         own = sum(pool.pages_of(n + 256) - n // 2 for n in prefixes)
@@ -234,7 +234,7 @@ class TestHarm:
         assert isinstance(errors[third], LookupError)
 
     def test_nan_in_one_sequence(self, fresh, engine, monkeypatch):
-        bad = fresh.model.build_prompt(PROMPTS[2], None).conditional.key
+        bad = fresh.model.build_prompt(PROMPTS[2], None, 64, 64).conditional.key
         embeddings = type(fresh.model).context_embeddings
 
         def nan(self, context: Context) -> Tensor:
@@ -251,7 +251,7 @@ class TestHarm:
             assert self.check_others(fresh, engine, numbers)[third] is None
 
     def test_a_prompt_that_cannot_be_computed(self, fresh, engine, monkeypatch):
-        bad = fresh.model.build_prompt(PROMPTS[2], None).conditional.key
+        bad = fresh.model.build_prompt(PROMPTS[2], None, 64, 64).conditional.key
         embeddings = type(fresh.model).context_embeddings
 
         def fail(self, context: Context) -> Tensor:
