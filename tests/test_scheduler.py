@@ -28,6 +28,7 @@ PROMPTS = [
     "noto crescent moon on stars",
 ]
 SETTINGS = {"window_size": 32, "output_type": "codes"}
+UNGUIDED = {**SETTINGS, "guidance_scale": 1.0}
 
 
 def alone(engine: Engine, prompt: str, **arguments) -> Tensor:
@@ -200,21 +201,21 @@ class TestHarm:
     """What goes wrong in one request stays there."""
 
     def others(self, engine: Engine) -> list[int]:
-        return [engine.submit(PROMPTS[i], seed=i, **SETTINGS) for i in range(2)]
+        return [engine.submit(PROMPTS[i], seed=i, **UNGUIDED) for i in range(2)]
 
     def check_others(self, fresh: Engine, engine: Engine, numbers: list[int]) -> dict[int, Exception | None]:
         while fresh.step():
             pass
         finished = {done.request_id: done for done in fresh.collect()}
         for i, number in enumerate(numbers):
-            expected = alone(engine, PROMPTS[i], seed=i)
+            expected = alone(engine, PROMPTS[i], seed=i, **UNGUIDED)
             assert torch.equal(finished.pop(number).generation.token_ids[0], expected)
         assert_nothing_is_left(fresh)
         return {number: done.error for number, done in finished.items()}
 
     def test_a_cancelled_request(self, fresh, engine):
         numbers = self.others(fresh)
-        third = fresh.submit(PROMPTS[2], num_images_per_prompt=4, **SETTINGS)  # two decode, two wait
+        third = fresh.submit(PROMPTS[2], num_images_per_prompt=4, **UNGUIDED)  # two decode, two wait
         for _ in range(5):
             fresh.step()
         free = fresh.scheduler.prompts.kv_cache.num_free_pages
@@ -229,7 +230,7 @@ class TestHarm:
                 raise LookupError("callback")
 
         numbers = self.others(fresh)
-        third = fresh.submit(PROMPTS[2], callback_on_step=fail, **SETTINGS)
+        third = fresh.submit(PROMPTS[2], callback_on_step=fail, **UNGUIDED)
         errors = self.check_others(fresh, engine, numbers)
         assert isinstance(errors[third], LookupError)
 
@@ -244,7 +245,7 @@ class TestHarm:
         numbers = self.others(fresh)
         with monkeypatch.context() as patch:
             patch.setattr(type(fresh.model), "context_embeddings", nan)
-            third = fresh.submit(PROMPTS[2], **SETTINGS)
+            third = fresh.submit(PROMPTS[2], **UNGUIDED)
             while fresh.step():
                 pass
         with pytest.warns(RuntimeWarning, match="no finite entry"):
@@ -260,13 +261,13 @@ class TestHarm:
             return embeddings(self, context)
 
         monkeypatch.setattr(type(fresh.model), "context_embeddings", fail)
-        third = fresh.submit(PROMPTS[2], **SETTINGS)
+        third = fresh.submit(PROMPTS[2], **UNGUIDED)
         errors = self.check_others(fresh, engine, self.others(fresh))
         assert isinstance(errors[third], MemoryError)
 
     def test_a_pass_that_fails_ends_the_requests_of_its_batch_alone(self, fresh, engine, monkeypatch):
         numbers = self.others(fresh)
-        third = fresh.submit(PROMPTS[2], **{**SETTINGS, "window_size": 24})
+        third = fresh.submit(PROMPTS[2], **{**UNGUIDED, "window_size": 24})
         fresh.step()
         (batch,) = [b for b in fresh.scheduler._batches.values() if b.decoder.window_size == 24]
 
@@ -283,12 +284,12 @@ class TestHarm:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            fresh.generate(PROMPTS[0], callback_on_step=interrupt, progress=False, **SETTINGS)
+            fresh.generate(PROMPTS[0], callback_on_step=interrupt, progress=False, **UNGUIDED)
         assert_nothing_is_left(fresh)
-        assert torch.equal(alone(fresh, "a cat"), alone(engine, "a cat"))
+        assert torch.equal(alone(fresh, "a cat", **UNGUIDED), alone(engine, "a cat", **UNGUIDED))
 
     def test_a_stream_that_is_left(self, fresh):
-        for event in fresh.stream("a cat", num_images_per_prompt=2, output_type="codes"):
+        for event in fresh.stream("a cat", num_images_per_prompt=2, **UNGUIDED):
             if event.nfe == 3:
                 break
         del event
