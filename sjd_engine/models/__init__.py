@@ -7,20 +7,11 @@ import torch
 
 from sjd_engine.errors import CheckpointError
 from sjd_engine.models import hub
-from sjd_engine.models.anole import AnoleModel
 from sjd_engine.models.base import ImageModel
 from sjd_engine.models.checkpoint import Checkpoint
-from sjd_engine.models.emoji import EmojiModel
-from sjd_engine.models.emu3 import Emu3Model
-from sjd_engine.models.janus import JanusModel
-from sjd_engine.models.llamagen import LlamaGenModel
-from sjd_engine.models.lumina import LuminaModel
-from sjd_engine.models.simplear import SimpleARModel
 
 __all__ = ["ImageModel", "load_model"]
 
-# The first that matches takes a checkpoint: Anole before Lumina-mGPT, whose files differ in little.
-FAMILIES = (EmojiModel, AnoleModel, LuminaModel, JanusModel, SimpleARModel, LlamaGenModel, Emu3Model)
 BUNDLED = {"emoji"}
 
 
@@ -45,10 +36,21 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype) -> Im
 
     Raises: CheckpointError where the files are missing, incomplete, damaged or of no known family.
     """
+    # Here, since tokenizers and detokenizers would make the package slow to import.
+    from sjd_engine.models.anole import AnoleModel
+    from sjd_engine.models.emoji import EmojiModel
+    from sjd_engine.models.emu3 import Emu3Model
+    from sjd_engine.models.janus import JanusModel
+    from sjd_engine.models.llamagen import LlamaGenModel
+    from sjd_engine.models.lumina import LuminaModel
+    from sjd_engine.models.simplear import SimpleARModel
+
+    # The first that matches takes a checkpoint: Anole before Lumina-mGPT, whose files differ in little.
+    families = (EmojiModel, AnoleModel, LuminaModel, JanusModel, SimpleARModel, LlamaGenModel, Emu3Model)
     checkpoint = Checkpoint(checkpoint_folder(name), None if Path(name).exists() else str(name))
-    for family in FAMILIES:
+    for family in families:
         if family.matches(checkpoint):
             return family(checkpoint, device, dtype)
     missing = "" if checkpoint.config else "no config.json, and "
-    known = ", ".join(family.__module__.rpartition(".")[2] for family in FAMILIES)
+    known = ", ".join(family.__module__.rpartition(".")[2] for family in families)
     raise CheckpointError(f"{checkpoint}: {missing}no known model family; known: {known}")

@@ -54,6 +54,14 @@ class Checkpoint:
         """Every tensor's shape, from the files' headers. Raises: CheckpointError for missing or damaged files."""
         return {key: self._mapped(path)[key].shape for key, path in self._files.items()}
 
+    def matrix_shape(self, key: str) -> tuple[int, int]:
+        """(rows, columns) of a matrix. Raises: CheckpointError where it is missing or no matrix."""
+        shape = self.shapes.get(key)
+        if shape is None or len(shape) != 2:
+            got = "none" if shape is None else list(shape)
+            raise CheckpointError(f"{self}: missing {key}; expected a matrix, got {got}")
+        return shape[0], shape[1]
+
     def read(self, key: str) -> Tensor:
         """A tensor, mapped from its file: copy what is kept, and let go of it before the next but a few.
 

@@ -61,11 +61,9 @@ class JanusModel(ImageModel):
         config, official = checkpoint.config, checkpoint.config.get("model_type") == "multi_modality"
         parts = {part: names[0 if official else 1] for part, names in NAMES.items()}
         text = {**CONFIG, **section(config, "language_config" if official else "text_config", checkpoint)}
-        codebook = checkpoint.shapes.get(f"{parts['embedding']}.weight")
-        head_in = checkpoint.shapes.get(f"{parts['head_in']}.weight")
-        if codebook is None or head_in is None:
-            raise CheckpointError(f"{checkpoint}: missing {parts['embedding']}.weight or {parts['head_in']}.weight")
-        self.name, self.num_codes, self.first_code = checkpoint.name, codebook[0], text["vocab_size"]
+        self.name, self.first_code = checkpoint.name, text["vocab_size"]
+        self.num_codes, _ = checkpoint.matrix_shape(f"{parts['embedding']}.weight")
+        head_hidden, _ = checkpoint.matrix_shape(f"{parts['head_in']}.weight")
         self.vocabulary = Vocabulary(checkpoint, "tokenizer.json")
         self._beginning = self.vocabulary.token("<｜begin▁of▁sentence｜>")
         self._image_start = self.vocabulary.token("<begin_of_image>")
@@ -77,10 +75,12 @@ class JanusModel(ImageModel):
             device
         )
         self.check_codes(checkpoint)
+        block = block_config(text, checkpoint, theta=1e4)
+        self.vocabulary.check_fits(text["vocab_size"])
         layers = [f"{parts[layer]}.{kind}" for layer in ("aligner_in", "aligner_out") for kind in ("weight", "bias")]
         self.transformer = load_transformer(
             checkpoint,
-            block_config(text, checkpoint, theta=1e4),
+            block,
             lambda block: {
                 "embedding": [
                     Piece.of(f"{parts['text']}.embed_tokens.weight"),
@@ -94,7 +94,7 @@ class JanusModel(ImageModel):
             },
             vocab_size=text["vocab_size"] + self.num_codes,
             num_codes=self.num_codes,
-            head_hidden=head_in[0],
+            head_hidden=head_hidden,
             device=device,
             dtype=dtype,
             ignored=tuple(f"{parts[part]}." for part in ("detokenizer", "vision", "vision_aligner", "text_head")),

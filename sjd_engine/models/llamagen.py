@@ -47,9 +47,13 @@ SIDE_IN_NAME = r"_(\d{2,4})\.pth?$"
 PATCH = 16
 HEAD_DIMS = {3200: 100, 4096: 128}  # width of the transformer -> of a head, where it isn't HEAD_DIM; files don't say
 HEAD_DIM = 64
-CLASSES, TEXT = "cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"
-TEXT_PREFIXES = ("cls_embedding.cap_proj.", "cls_embedding.uncond_embedding")
+TOKENS, CLASSES = "tok_embeddings.weight", "cls_embedding.embedding_table.weight"
+TEXT, TEXT_OUT = "cls_embedding.cap_proj.fc1.weight", "cls_embedding.cap_proj.fc2.weight"
+NO_TEXT = "cls_embedding.uncond_embedding"
+TEXT_PREFIXES: tuple[str, ...] = ("cls_embedding.cap_proj.", NO_TEXT)
 ENCODER = "google/flan-t5-xl"
+CLASS_DEFAULTS = Defaults(16, SamplingParams(guidance_scale=4.0, top_k=2000))
+TEXT_DEFAULTS = Defaults(16, SamplingParams(guidance_scale=7.5, top_k=1000))
 
 
 class TextProjection(nn.Module):
@@ -83,42 +87,45 @@ class LlamaGenModel(ImageModel):
             raise CheckpointError(f"{checkpoint}: expected the size of its images in its name, as in c2i_B_256.pt")
         side = int(found[1])
         self.name, self.image_size, self.sizes = checkpoint.name, (side, side), ((side, side),)
-        shapes = checkpoint.shapes
-        self.text_conditional = TEXT in shapes
-        num_conditioning = shapes[TEXT_PREFIXES[1]][0] if self.text_conditional else 1
-        self.num_codes, hidden_size = shapes["tok_embeddings.weight"]
-        block = read_block(shapes, num_conditioning + (side // PATCH) ** 2)
+        self.text_conditional = TEXT in checkpoint.shapes
+        self.num_codes, hidden_size = checkpoint.matrix_shape(TOKENS)
+        num_conditioning, num_rows = 1, self.num_codes
+        embedding, others = [Piece.of(TOKENS)], TEXT_PREFIXES
+        if self.text_conditional:
+            num_conditioning, _ = checkpoint.matrix_shape(NO_TEXT)
+        else:  # classes stand below the codes in one table, the one for no class last
+            num_rows += checkpoint.matrix_shape(CLASSES)[0]
+            embedding, others = [*embedding, Piece.of(CLASSES)], ()
+        self._no_class = num_rows - 1 - self.num_codes
+        grid = side // PATCH
+        block = read_block(checkpoint, num_conditioning + grid * grid)
         vq = checkpoint.folder / f"vq_ds{PATCH}_{'t2i' if self.text_conditional else 'c2i'}.pt"
         self.detokenizer = VQGANDecoder.from_tensors(read_tensors(vq), vq, l2_norm=True).to(device)
         self.check_codes(checkpoint)
-        embedding = [Piece.of("tok_embeddings.weight")]
-        self._num_classes = 0
-        if not self.text_conditional:
-            embedding.append(Piece.of(CLASSES))
-            self._num_classes = shapes[CLASSES][0] - 1
         self.transformer = load_transformer(
             checkpoint,
             block,
             lambda block: {"embedding": embedding, "head": [Piece.of("output.weight")], **layout(block)},
-            vocab_size=self.num_codes + (shapes[CLASSES][0] if self._num_classes else 0),
+            vocab_size=num_rows,
             num_codes=self.num_codes,
-            rope=grid_rope_table(num_conditioning, side // PATCH, block.unpadded_head_dim, block.rope_theta),
+            rope=grid_rope_table(num_conditioning, grid, block.unpadded_head_dim, block.rope_theta),
             device=device,
             dtype=dtype,
-            ignored=("freqs_cis", *(TEXT_PREFIXES if self.text_conditional else ())),
+            ignored=("freqs_cis", *others),
         )
-        self.defaults = Defaults(16, SamplingParams(guidance_scale=4.0, top_k=2000))
+        self.defaults = CLASS_DEFAULTS
         if self.text_conditional:
-            self.defaults = Defaults(16, SamplingParams(guidance_scale=7.5, top_k=1000))
+            self.defaults = TEXT_DEFAULTS
             with torch.device("meta"):
-                self.projection = TextProjection(hidden_size, shapes[TEXT][1], num_conditioning).to(dtype)
-            pieces = {"w_in": TEXT, "w_out": "cls_embedding.cap_proj.fc2.weight", "unconditional": TEXT_PREFIXES[1]}
+                width = checkpoint.matrix_shape(TEXT)[1]
+                self.projection = TextProjection(hidden_size, width, num_conditioning).to(dtype)
+            own = {"w_in": TEXT, "w_out": TEXT_OUT, "unconditional": NO_TEXT}
             load(
                 self.projection,
-                {name: [Piece.of(key)] for name, key in pieces.items()},
+                {name: [Piece.of(key)] for name, key in own.items()},
                 checkpoint,
                 device,
-                ignored=tuple(key for key in shapes if not key.startswith(TEXT_PREFIXES)),
+                ignored=tuple(key for key in checkpoint.shapes if not key.startswith(TEXT_PREFIXES)),
             )
             folder = checkpoint.folder / ENCODER.rpartition("/")[2]
             self.encoder = TextEncoder(
@@ -128,7 +135,7 @@ class LlamaGenModel(ImageModel):
     @staticmethod
     def matches(checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is one of the family."""
-        keys = {"tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight"}
+        keys = {TOKENS, "layers.0.attention.wqkv.weight", "output.weight"}
         return checkpoint.path.is_file() and keys <= checkpoint.shapes.keys()
 
     def build_prompt(self, prompt: str, negative_prompt: str | None, height: int, width: int) -> Prompt:
@@ -136,8 +143,8 @@ class LlamaGenModel(ImageModel):
         self.check_size(height, width)
         if self.text_conditional:
             return self._text_prompt(prompt)
-        chosen, nothing = class_number(prompt, self._num_classes), self._num_classes
-        return Prompt(Context.of_tokens([self.num_codes + chosen]), Context.of_tokens([self.num_codes + nothing]))
+        numbers = class_number(prompt, self._no_class), self._no_class
+        return Prompt(*(Context.of_tokens([self.num_codes + number]) for number in numbers))
 
     def _text_prompt(self, prompt: str) -> Prompt:
         vectors = self.encoder.encode(prompt)
@@ -159,15 +166,16 @@ class LlamaGenModel(ImageModel):
         return Schedule(height // PATCH, width // PATCH)
 
 
-def read_block(shapes: dict[str, torch.Size], max_positions: int) -> BlockConfig:
+def read_block(checkpoint: Checkpoint, max_positions: int) -> BlockConfig:
     """The block of a checkpoint, whose sizes its tensors tell."""
-    hidden_size = shapes["tok_embeddings.weight"][1]
+    hidden_size = checkpoint.matrix_shape(TOKENS)[1]
     head_dim = HEAD_DIMS.get(hidden_size, HEAD_DIM)
-    gate = shapes.get("layers.0.feed_forward.w1.weight", (0,))
     return BlockConfig(
-        num_layers=len([key for key in shapes if re.fullmatch(r"layers\.\d+\.attention\.wqkv\.weight", key)]),
+        num_layers=len(
+            [key for key in checkpoint.shapes if re.fullmatch(r"layers\.\d+\.attention\.wqkv\.weight", key)]
+        ),
         hidden_size=hidden_size,
-        intermediate_size=gate[0],
+        intermediate_size=checkpoint.matrix_shape("layers.0.feed_forward.w1.weight")[0],
         num_heads=hidden_size // head_dim,
         num_kv_heads=hidden_size // head_dim,
         unpadded_head_dim=head_dim,

@@ -85,15 +85,15 @@ def shape_problems(wanted: Mapping[str, Tensor], layout: Layout, shapes: Mapping
         expected = list(wanted[name].shape)
         sources = ", ".join(f"{key} {list(shapes[key])}" for key in keys)
         try:
-            parts = [piece.change(*(torch.empty(shapes[key], device="meta") for key in piece.keys)) for piece in pieces]
-        except (RuntimeError, IndexError) as error:
+            parts = [
+                list(piece.change(*(torch.empty(shapes[key], device="meta") for key in piece.keys)).shape)
+                for piece in pieces
+            ]
+        except (RuntimeError, IndexError, TypeError, ZeroDivisionError) as error:  # a change that can't be made
             problems.append(f"{name}: expected {expected}, got {sources}: {str(error).partition(chr(10))[0]}")
             continue
-        if sum(len(part) for part in parts) != expected[0] or any(
-            part.shape[1:] != wanted[name].shape[1:] for part in parts
-        ):
-            got = " + ".join(str(list(part.shape)) for part in parts)
-            problems.append(f"{name}: expected {expected}, got {got} from {sources}")
+        if sum(part[0] for part in parts if part) != expected[0] or any(part[1:] != expected[1:] for part in parts):
+            problems.append(f"{name}: expected {expected}, got {' + '.join(map(str, parts))} from {sources}")
     return problems
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sjd_engine import Engine
+from sjd_engine import CheckpointError, Engine
 from sjd_engine.cli import app
 from sjd_engine.models import anole, emu3, llamagen, load_model, simplear
 from sjd_engine.models.base import Context, ImageModel
@@ -741,6 +741,23 @@ def test_lumina_can_keep_the_separator_in_the_unconditional_context(tmp_path):
         model.build_prompt(PROMPT, None, *case.size)
 
 
+@pytest.mark.parametrize(
+    ("name", "lost", "message"),
+    [
+        ("c2i_B_64.pt", "cls_embedding.embedding_table.weight", "missing cls_embedding"),
+        ("c2i_B_64.pt", "layers.1.feed_forward.w2.weight", r"missing layers\.1\.feed_forward\.w2"),
+        ("c2i_B_64.pt", "layers.0.feed_forward.w1.weight", r"missing layers\.0\.feed_forward\.w1"),
+        ("c2i_B.pt", None, "expected the size of its images in its name, as in c2i_B_256.pt"),
+    ],
+)
+def test_a_damaged_file_of_llamagen(tmp_path, name, lost, message):
+    path = llamagen_class_checkpoint(tmp_path, 256, 64).path
+    tensors = torch.load(path, weights_only=False)["model"]
+    torch.save({key: tensor for key, tensor in tensors.items() if key != lost}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / name, torch.device("cpu"), torch.float32)
+
+
 class TestLlamaGenPrompts:
     @pytest.mark.parametrize(
         ("prompt", "number"), [("tench", 0), ("Tabby", 281), ("207", 207), ("Cardigan", 264), ("cardigan", 474)]
@@ -800,3 +817,21 @@ def test_forced_tokens_cost_no_pass_where_drafts_around_them_are_accepted(tmp_pa
         assert (out.stats[0].num_tokens, out.token_ids.shape[1]) == (22, 22 - len(schedule.forced))
         passes.append(out.stats[0].nfe)
     assert passes == [2, 2]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(tmp_path):
+    case = anole_hf_checkpoint(tmp_path)
+    write_tokenizer(case.path / "tokenizer.json", [*CHAMELEON_NAMES, "<reserved09999>"])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected at most \d+ tokens, as config\.json has it"):
+        case.load()
+
+
+def test_what_belongs_beside_the_weights_is_named(tmp_path):
+    case = lumina_checkpoint(tmp_path, swin=False)
+    for name, remedy in (
+        ("vqgan.ckpt", "no vqgan.ckpt; put the tokenizer"),
+        ("text_tokenizer.json", "or tokenizer/text"),
+    ):
+        (case.path / "tokenizer" / name).unlink()
+        with pytest.raises(CheckpointError, match=remedy):
+            case.load()
