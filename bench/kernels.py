@@ -1,6 +1,7 @@
-"""One pass of `verify`, timed for every implementation on the same logits.
+"""One pass of `verify`, timed for every implementation on the same logits; or the ops of the paged cache.
 
     python bench/kernels.py                                       # on the CPU; minutes, most of them in torch.compile
+    python bench/kernels.py --op kv                               # rollback, append and attention over pages: kv.py
     python bench/kernels.py --device cuda --batch-sizes 1 8
     python bench/kernels.py --shapes 96x8192 --methods maximal --backends c++ --json new.json --compare old.json
 
@@ -33,6 +34,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse  # noqa: E402
+import functools  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
 import re  # noqa: E402
@@ -41,7 +43,8 @@ import warnings  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import asdict, dataclass  # noqa: E402
 from importlib.metadata import version  # noqa: E402
-from importlib.util import find_spec  # noqa: E402
+from importlib.util import find_spec, module_from_spec, spec_from_file_location  # noqa: E402
+from types import ModuleType  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -566,11 +569,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         window_size, vocab_size = text.split("x")
         return int(window_size), int(vocab_size)
 
+    parser.add_argument("--op", choices=["verify", "kv"], default="verify")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="WxV", help="default: for maximal four, else one")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16; of kv fp32 and bf16")
     parser.add_argument("--backends", nargs="*", choices=["eager", "compiled", "four-kernel", *FUSED])
     parser.add_argument(
         "--drift", type=float, default=0.3, help="standard deviation of what changes; that of logits is 2"
@@ -584,7 +588,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="*", choices=offline.TARGETS, default=["sm_80", "sm_90", "gfx942"])
     parser.add_argument("--json", type=Path, help="write the last line's document there, too")
     parser.add_argument("--compare", type=Path, help="a document of an earlier run")
+    kv = parser.add_argument_group("kv")
+    kv.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024, 4096], help="tokens in the cache")
+    kv.add_argument("--windows", nargs="+", type=int, default=[1, 16, 32, 64])
+    kv.add_argument("--sequences", nargs="+", type=int, default=[1, 2])
+    kv.add_argument("--layers", type=int, default=32, help="of the cache that is rolled back")
     args = parser.parse_args(argv)
+    if args.op == "kv":
+        if args.device == "cuda" or not native.available():
+            parser.error("kv runs on the CPU, and needs the compiled module")
+        return args
+    args.dtype = args.dtype or "bf16"
     if args.backends is None:
         args.backends = ["compiled", "four-kernel", "c++" if args.device == "cpu" else "triton"]
     if ("triton" if args.device == "cpu" else "c++") in args.backends:
@@ -604,8 +618,35 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     ]
 
 
+def bench_verify(
+    args: argparse.Namespace, console: Console, peak: float, extra: dict[str, Callable[[], Verify]]
+) -> tuple[dict, bool]:
+    """Measure and print. Returns: what the document holds, and whether all backends decided alike."""
+    rows: list[Row] = []
+    for workload in workloads(args):
+        rows += measure(workload, backends(args.backends) | extra, args, peak)
+    show(rows, console)
+    fit = linear_fit(rows)
+    if fit:
+        console.print("c++, maximal: {intercept_us} us + {us_per_million} us per million B*W*V, R^2 {r2}".format(**fit))
+    resources = show_resources(args.targets, console) if args.device == "cpu" and args.targets else None
+    if args.compare:
+        show_comparison(rows, json.loads(args.compare.read_text()), console)
+    document = {"rows": [asdict(row) for row in rows], "fit": fit, "resources": resources}
+    return document, all(row.correct for row in rows)
+
+
+@functools.cache
+def kv_module() -> ModuleType:
+    """kv.py, by its path: this folder is not searched."""
+    spec = spec_from_file_location("bench_kv", Path(__file__).with_name("kv.py"))
+    sys.modules[spec.name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main(argv: Sequence[str] | None = None, extra: dict[str, Callable[[], Verify]] | None = None) -> int:
-    """`extra`: more backends. Returns the exit status: 1 where a backend decided otherwise than eager."""
+    """`extra`: more backends of verify. Returns the exit status: 1 where a result was wrong."""
     args = parse(argv)
     console = Console(width=160)
     peak, origin = peak_bandwidth(args)
@@ -620,21 +661,15 @@ def main(argv: Sequence[str] | None = None, extra: dict[str, Callable[[], Verify
         "arguments": {name: str(value) for name, value in vars(args).items()},
     }
     console.print(", ".join(f"{name} {value}" for name, value in setup.items() if name != "arguments"), f"({origin})")
-    rows: list[Row] = []
-    for workload in workloads(args):
-        rows += measure(workload, backends(args.backends) | (extra or {}), args, peak)
-    show(rows, console)
-    fit = linear_fit(rows)
-    if fit:
-        console.print("c++, maximal: {intercept_us} us + {us_per_million} us per million B*W*V, R^2 {r2}".format(**fit))
-    resources = show_resources(args.targets, console) if args.device == "cpu" and args.targets else None
-    if args.compare:
-        show_comparison(rows, json.loads(args.compare.read_text()), console)
-    document = json.dumps({"setup": setup, "rows": [asdict(row) for row in rows], "fit": fit, "resources": resources})
+    if args.op == "kv":
+        document, correct = kv_module().bench(args, console)
+    else:
+        document, correct = bench_verify(args, console, peak, extra or {})
+    line = json.dumps({"setup": setup, **document})
     if args.json:
-        args.json.write_text(document + "\n")
-    print(document)
-    return int(not all(row.correct for row in rows))
+        args.json.write_text(line + "\n")
+    print(line)
+    return int(not correct)
 
 
 if __name__ == "__main__":

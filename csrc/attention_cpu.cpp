@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "arithmetic.h"
@@ -19,109 +20,124 @@ namespace {
 constexpr int kKeys = 64;   // keys that are scored together
 constexpr int kRows = 64;   // most query rows of a task
 constexpr int kLanes = 16;  // 32-bit units that are moved as one vector
-constexpr int kTileRows = 8, kTileCols = 32;
 constexpr float kNegativeInfinity = -INFINITY;
 
-// Fewer products than this are summed on the caller's thread: torch's own threads still spin after its last op, and a
-// second one of ours would share a core with them.
-constexpr int64_t kProductsForThreads = 3 << 22;
+// Fewer products than this are summed before a second thread has begun.
+constexpr int64_t kProductsForThreads = 1 << 18;
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // ------------------------------------------------------------------------------------------------ matrix products
 
 // c[rows, cols] (+)= a[rows, steps] b[steps, cols]. Units of a and b are float32, or pairs of bfloat16 whose products
-// are summed. `rows` is a multiple of kTileRows, `cols` of kTileCols, c has `ldc` floats a row.
+// are summed. `cols` is a multiple of kLanes, c has `ldc` floats a row. A sum does not depend on what is summed beside
+// it.
 using Multiply = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
                           int rows, int cols, int steps, bool add);
+
+#define SJD_MULTIPLY_ARGUMENTS                                                                               \
+  const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int rows, int cols, \
+      int steps, bool add
 
 using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=fast")  // no decision depends on these sums, and fused they take half the time
 
-template <int R, int C>
-SJD_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+struct Float32Products {
+  template <int R, int C>
+  static SJD_INLINE void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
                               int steps, bool add) {
-  Vector sums[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) {
-      sums[r][j] = add ? *reinterpret_cast<const Vector*>(c + r * ldc + j * kLanes) : Vector{};
-    }
-  }
-  for (int k = 0; k < steps; ++k) {
-    Vector right[C];
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) right[j] = *reinterpret_cast<const Vector*>(b + k * ldb + j * kLanes);
+    const float *left = reinterpret_cast<const float*>(a), *right = reinterpret_cast<const float*>(b);
+    Vector sums[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) sums[r][j] += a[r * lda + k] * right[j];
+      for (int j = 0; j < C; ++j) {
+        sums[r][j] = add ? *reinterpret_cast<const Vector*>(c + r * ldc + j * kLanes) : Vector{};
+      }
+    }
+    for (int k = 0; k < steps; ++k) {
+      Vector column[C];
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) column[j] = *reinterpret_cast<const Vector*>(right + k * ldb + j * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int j = 0; j < C; ++j) sums[r][j] += left[r * lda + k] * column[j];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) *reinterpret_cast<Vector*>(c + r * ldc + j * kLanes) = sums[r][j];
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) *reinterpret_cast<Vector*>(c + r * ldc + j * kLanes) = sums[r][j];
-  }
+};
+
+// C vectors of columns: R rows at a time, what is left by halves.
+template <class Products, int R, int C>
+SJD_INLINE void multiply_columns(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+                                 int rows, int steps, bool add) {
+  for (; rows >= R; rows -= R, a += R * lda, c += R * ldc)
+    Products::template tile<R, C>(a, lda, b, ldb, c, ldc, steps, add);
+  if constexpr (R > 1) multiply_columns<Products, R / 2, C>(a, lda, b, ldb, c, ldc, rows, steps, add);
 }
 
-template <int R, int C>
-SJD_INLINE void multiply_tiles(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                               int rows, int cols, int steps, bool add) {
-  const float *left = reinterpret_cast<const float*>(a), *right = reinterpret_cast<const float*>(b);
-  for (int j = 0; j < cols; j += C * kLanes) {
-    for (int r = 0; r < rows; r += R) {
-      multiply_tile<R, C>(left + r * lda, lda, right + j, ldb, c + r * ldc + j, ldc, steps, add);
-    }
+template <class Products, int R, int C>
+SJD_INLINE void multiply_tiles(SJD_MULTIPLY_ARGUMENTS) {
+  int j = 0;
+  for (; j + C * kLanes <= cols; j += C * kLanes) {
+    multiply_columns<Products, R, C>(a, lda, b + j, ldb, c + j, ldc, rows, steps, add);
   }
+  if (j < cols) multiply_columns<Products, R, 1>(a, lda, b + j, ldb, c + j, ldc, rows, steps, add);
 }
 
-#define SJD_MULTIPLY_ARGUMENTS                                                                               \
-  const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int rows, int cols, \
-      int steps, bool add
-
-void multiply_any(SJD_MULTIPLY_ARGUMENTS) { multiply_tiles<2, 1>(a, lda, b, ldb, c, ldc, rows, cols, steps, add); }
+void multiply_any(SJD_MULTIPLY_ARGUMENTS) {
+  multiply_tiles<Float32Products, 2, 1>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
+}
 
 #if defined(SJD_HAS_CLONES)
 __attribute__((target("arch=x86-64-v3"))) void multiply_v3(SJD_MULTIPLY_ARGUMENTS) {
-  multiply_tiles<4, 1>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
+  multiply_tiles<Float32Products, 4, 1>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
 }
 
 __attribute__((target("arch=x86-64-v4"))) void multiply_v4(SJD_MULTIPLY_ARGUMENTS) {
-  multiply_tiles<8, 2>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
+  multiply_tiles<Float32Products, 8, 2>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
 }
 
-__attribute__((target("arch=x86-64-v4,avx512bf16"))) void multiply_bfloat16(SJD_MULTIPLY_ARGUMENTS) {
-  for (int j = 0; j < cols; j += kTileCols) {
-    for (int row = 0; row < rows; row += kTileRows) {
-      const uint32_t* left = a + row * lda;
-      float* to = c + row * ldc + j;
-      __m512 sums[kTileRows][2];
+struct BFloat16Products {
+  template <int R, int C>
+  __attribute__((target("arch=x86-64-v4,avx512bf16"))) static void tile(const uint32_t* a, int64_t lda,
+                                                                        const uint32_t* b, int64_t ldb, float* c,
+                                                                        int64_t ldc, int steps, bool add) {
+    __m512 sums[R][C];
 #pragma GCC unroll 8
-      for (int r = 0; r < kTileRows; ++r) {
-        sums[r][0] = add ? _mm512_loadu_ps(to + r * ldc) : _mm512_setzero_ps();
-        sums[r][1] = add ? _mm512_loadu_ps(to + r * ldc + kLanes) : _mm512_setzero_ps();
-      }
-      for (int k = 0; k < steps; ++k) {
-        const auto right0 = (__m512bh)_mm512_loadu_si512(b + k * ldb + j);
-        const auto right1 = (__m512bh)_mm512_loadu_si512(b + k * ldb + j + kLanes);
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kTileRows; ++r) {
-          const auto pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(left[r * lda + k]));
-          sums[r][0] = _mm512_dpbf16_ps(sums[r][0], pair, right0);
-          sums[r][1] = _mm512_dpbf16_ps(sums[r][1], pair, right1);
-        }
-      }
+      for (int j = 0; j < C; ++j) sums[r][j] = add ? _mm512_loadu_ps(c + r * ldc + j * kLanes) : _mm512_setzero_ps();
+    }
+    for (int k = 0; k < steps; ++k) {
+      __m512bh column[C];
 #pragma GCC unroll 8
-      for (int r = 0; r < kTileRows; ++r) {
-        _mm512_storeu_ps(to + r * ldc, sums[r][0]);
-        _mm512_storeu_ps(to + r * ldc + kLanes, sums[r][1]);
+      for (int j = 0; j < C; ++j) column[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + j * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * lda + k]));
+#pragma GCC unroll 8
+        for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], pair, column[j]);
       }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) _mm512_storeu_ps(c + r * ldc + j * kLanes, sums[r][j]);
+    }
   }
+};
+
+void multiply_bfloat16(SJD_MULTIPLY_ARGUMENTS) {
+  multiply_tiles<BFloat16Products, 8, 2>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
 }
 #endif
 
@@ -186,9 +202,9 @@ SJD_INLINE void exchange(Units (&rows)[kLanes]) {
   }
 }
 
-// to[i * to_stride + key] = rows[key][i] for kKeys keys and n units, a multiple of kLanes.
-SJD_CLONES void transpose(const uint32_t* const* keys, int n, uint32_t* to) {
-  for (int key = 0; key < kKeys; key += kLanes) {
+// to[i * kKeys + key] = keys[key][i] for n units. Both numbers are multiples of kLanes.
+SJD_CLONES void transpose(const uint32_t* const* keys, int num_keys, int n, uint32_t* to) {
+  for (int key = 0; key < num_keys; key += kLanes) {
     for (int i = 0; i < n; i += kLanes) {
       Units rows[kLanes];
 #pragma GCC unroll 16
@@ -210,34 +226,33 @@ SJD_CLONES void interleave(const uint16_t* first, const uint16_t* second, int n,
 
 // ------------------------------------------------------------------------------------------------------- softmax
 
-// Products of one row to unscaled weights of scale * product + bias: the row's peak and sum move on, and what was
-// summed before is to be scaled by the factor that is returned. Of kKeys keys the first `seen` count that exist, those
-// whose word of `exists` is -1 and not 0. NaN goes into every sum.
-SJD_CLONES float weigh_scores(float* scores, float scale, const float* bias, const int32_t* exists, int seen,
-                              float& peak, float& sum) {
+// Products of one row to unscaled weights of scale * product + bias: the row's peak and kLanes sums move on, and what
+// was summed before is to be scaled by the factor that is returned. Of the keys, a multiple of kLanes, the first `seen`
+// count that exist: those whose word of `exists` is -1 and not 0. NaN goes into every sum.
+SJD_CLONES float weigh_scores(float* scores, int num_keys, float scale, const float* bias, const int32_t* exists,
+                              int seen, float& peak, float* sums) {
   int32_t key = order_key(peak);
-  for (int j = 0; j < kKeys; ++j) {
+  for (int j = 0; j < num_keys; ++j) {
     const int32_t score = bits(scores[j] * scale + bias[j]);
     const int32_t counts = -static_cast<int32_t>(j < seen) & exists[j];
     scores[j] = from_bits(choose(counts, score, bits(kNegativeInfinity)));
     key = std::max(key, order_key(scores[j]));
   }
   const float highest = key_value(key);
-  float partial[kLanes] = {};
-  for (int first = 0; first < kKeys; first += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float score = scores[first + j], x = score - highest;
-      const int32_t kept = -static_cast<int32_t>(score != kNegativeInfinity);
-      const float weight = from_bits(bits(exp_of(x) + (x - x)) & kept);
-      scores[first + j] = weight;
-      partial[j] += weight;
-    }
+  for (int j = 0; j < num_keys; ++j) {
+    const float x = scores[j] - highest;
+    const int32_t kept = -static_cast<int32_t>(scores[j] != kNegativeInfinity);
+    scores[j] = from_bits(bits(exp_of(x) + (x - x)) & kept);
   }
-  float added = 0.0f;
-  for (int j = 0; j < kLanes; ++j) added += partial[j];
-  const float factor = peak == kNegativeInfinity ? 0.0f : exp_of(peak - highest);
-  sum = sum * factor + added;
-  peak = highest;
+  float factor = 1.0f;
+  if (peak != highest) {
+    factor = peak == kNegativeInfinity ? 0.0f : exp_of(peak - highest);
+    peak = highest;
+    for (int j = 0; j < kLanes; ++j) sums[j] *= factor;
+  }
+  for (int first = 0; first < num_keys; first += kLanes) {
+    for (int j = 0; j < kLanes; ++j) sums[j] += scores[first + j];
+  }
   return factor;
 }
 
@@ -253,20 +268,19 @@ SJD_CLONES void round_row(const float* from, int n, uint16_t* to) {
 
 // Memory of a task, kept by each thread.
 struct Scratch {
-  std::vector<uint32_t> queries, keys, values, weights;
+  std::vector<uint32_t> queries, keys, values, weights, zeros;
   std::vector<float> widened, scores, sums;
-  std::vector<uint16_t> zeros;
 
   static Scratch& of_this_thread(int64_t depth, int64_t cols) {
     thread_local Scratch scratch;
-    scratch.queries.assign(kRows * depth, 0);
+    scratch.queries.resize(kRows * depth);
     scratch.keys.resize(depth * kKeys);
-    scratch.values.assign(kKeys * cols, 0);
+    scratch.values.resize(kKeys * cols);
     scratch.weights.resize(kRows * kKeys);
-    scratch.widened.assign(kKeys * depth, 0.0f);
+    scratch.widened.resize(kKeys * depth);
     scratch.scores.resize(kRows * kKeys);
     scratch.sums.assign(kRows * cols, 0.0f);
-    scratch.zeros.assign(2 * std::max(depth, cols), 0);
+    scratch.zeros.resize(cols);
     return scratch;
   }
 };
@@ -280,12 +294,12 @@ class Task {
         kv_head_(kv_head),
         first_row_(first_row),
         group_(params.num_heads / params.num_kv_heads),
-        num_rows_(std::min<int64_t>(kRows, group_ * params.num_new - first_row)),
-        tile_rows_(static_cast<int>(round_up(num_rows_, kTileRows))),
+        num_rows_(static_cast<int>(std::min<int64_t>(kRows, group_ * params.num_new - first_row))),
+        head_dim_(static_cast<int>(params.head_dim)),
         size_(params.dtype == DType::kFloat32 ? 4 : 2),
-        in_pairs_(params.dtype == DType::kBFloat16 && params.head_dim % (2 * kLanes) == 0 && has_bfloat16_products()),
-        depth_(in_pairs_ ? params.head_dim / 2 : round_up(params.head_dim, kLanes)),
-        cols_(round_up(params.head_dim, kTileCols)),
+        in_pairs_(params.dtype == DType::kBFloat16 && head_dim_ % (2 * kLanes) == 0 && has_bfloat16_products()),
+        depth_(in_pairs_ ? head_dim_ / 2 : round_up(head_dim_, kLanes)),
+        cols_(round_up(head_dim_, kLanes)),
         scratch_(Scratch::of_this_thread(depth_, cols_)),
         context_(params.context_lens[s]) {
 #if defined(SJD_HAS_CLONES)
@@ -297,85 +311,96 @@ class Task {
 
   void run() {
     std::fill_n(peak_, kRows, kNegativeInfinity);
-    std::fill_n(sum_, kRows, 0.0f);
-    pack_queries();
+    std::fill_n(sums_[0], kRows * kLanes, 0.0f);
+    for (int r = 0; r < num_rows_; ++r) pack_query(r);
     const int64_t end = p_.window_bias ? context_ + p_.num_new : last_key(num_rows_ - 1) + 1;
     for (int64_t first = 0; first < end; first += kKeys) {
-      pack_keys(first);
-      multiply_(scratch_.queries.data(), depth_, scratch_.keys.data(), kKeys, scratch_.scores.data(), kKeys, tile_rows_,
-                kKeys, static_cast<int>(depth_), false);
-      for (int64_t r = 0; r < num_rows_; ++r) weigh_row(r, first);
-      const int64_t steps = in_pairs_ ? kKeys / 2 : kKeys;
-      multiply_(weights(), steps, scratch_.values.data(), cols_, scratch_.sums.data(), cols_, tile_rows_,
-                static_cast<int>(cols_), static_cast<int>(steps), true);
+      const int num_keys = static_cast<int>(std::min<int64_t>(kKeys, end - first)), width = round_up(num_keys, kLanes);
+      const int steps = in_pairs_ ? (num_keys + 1) / 2 : num_keys;
+      pack_keys(first, num_keys, width);
+      multiply_(scratch_.queries.data(), depth_, scratch_.keys.data(), kKeys, scratch_.scores.data(), kKeys, num_rows_,
+                width, depth_, false);
+      for (int r = 0; r < num_rows_; ++r) weigh_row(r, first, width);
+      multiply_(weights(), in_pairs_ ? kKeys / 2 : kKeys, scratch_.values.data(), cols_, scratch_.sums.data(), cols_,
+                num_rows_, cols_, steps, true);
     }
-    for (int64_t r = 0; r < num_rows_; ++r) {
+    for (int r = 0; r < num_rows_; ++r) {
       const int64_t row = (s_ * p_.num_new + token(r)) * p_.num_heads + head(r);
-      char* to = static_cast<char*>(p_.out) + row * p_.head_dim * size_;
-      if (sum_[r] == 0.0f) {
-        std::memset(to, 0, p_.head_dim * size_);
+      char* to = static_cast<char*>(p_.out) + row * head_dim_ * size_;
+      const float sum = std::accumulate(sums_[r], sums_[r] + kLanes, 0.0f);
+      if (sum == 0.0f) {
+        std::memset(to, 0, head_dim_ * size_);
       } else {
-        narrow_row(scratch_.sums.data() + r * cols_, 1.0f / sum_[r], p_.dtype, static_cast<int>(p_.head_dim), to);
+        narrow_row(scratch_.sums.data() + r * cols_, 1.0f / sum, p_.dtype, head_dim_, to);
       }
     }
   }
 
  private:
-  int64_t token(int64_t r) const { return (first_row_ + r) / group_; }
-  int64_t head(int64_t r) const { return kv_head_ * group_ + (first_row_ + r) % group_; }
-  int64_t last_key(int64_t r) const { return context_ + token(r); }
+  int64_t token(int r) const { return (first_row_ + r) / group_; }
+  int64_t head(int r) const { return kv_head_ * group_ + (first_row_ + r) % group_; }
+  int64_t last_key(int r) const { return context_ + token(r); }
   const uint32_t* weights() const {
     return in_pairs_ ? scratch_.weights.data() : reinterpret_cast<const uint32_t*>(scratch_.scores.data());
   }
 
-  void pack_queries() {
-    for (int64_t r = 0; r < num_rows_; ++r) {
-      const char* from = static_cast<const char*>(p_.queries) +
-                         (s_ * p_.sequence_stride + token(r) * p_.token_stride + head(r) * p_.head_stride) * size_;
-      uint32_t* to = scratch_.queries.data() + r * depth_;
-      if (in_pairs_) {
-        std::memcpy(to, from, p_.head_dim * size_);
-      } else {
-        widen_row(from, p_.dtype, static_cast<int>(p_.head_dim), reinterpret_cast<float*>(to));
-      }
+  // A row as float32, with zeros behind it.
+  void widen(const char* from, float* to) const {
+    widen_row(from, p_.dtype, head_dim_, to);
+    std::fill(to + head_dim_, to + depth_, 0.0f);
+  }
+
+  void pack_query(int r) {
+    const char* from = static_cast<const char*>(p_.queries) +
+                       (s_ * p_.sequence_stride + token(r) * p_.token_stride + head(r) * p_.head_stride) * size_;
+    uint32_t* to = scratch_.queries.data() + r * depth_;
+    if (in_pairs_) {
+      std::memcpy(to, from, head_dim_ * size_);
+    } else {
+      widen(from, reinterpret_cast<float*>(to));
     }
   }
 
-  // Keys `first` .. first + kKeys - 1 transposed, and their values. What no row sees may hold anything, and counts as
-  // 0; so does what has no page.
-  void pack_keys(int64_t first) {
-    const int64_t end = context_ + p_.num_new;
-    const int head_dim = static_cast<int>(p_.head_dim);
+  // Keys `first` .. first + num_keys - 1 transposed, and their values; zeros for what has no page, and up to `width`.
+  void pack_keys(int64_t first, int num_keys, int width) {
+    const char* rows[kKeys] = {};
+    for (int64_t j = 0, left = 0; j < num_keys; ++j, --left) {
+      if (left == 0) {  // the next page
+        rows[j] = p_.kv.row(0, s_, first + j, 0);
+        left = p_.kv.page_size - (first + j) % p_.kv.page_size;
+      } else if (rows[j - 1] != nullptr) {
+        rows[j] = rows[j - 1] + p_.kv.row_bytes;
+      }
+    }
+    const int64_t head = kv_head_ * head_dim_ * size_, value = p_.kv.page_size * p_.kv.row_bytes;
+    const char* const nothing = reinterpret_cast<const char*>(scratch_.zeros.data());
     const uint32_t* keys[kKeys];
     const char* values[kKeys];
-    const char* const nothing = reinterpret_cast<const char*>(scratch_.zeros.data());
-    for (int j = 0; j < kKeys; ++j) {
-      const char* key = first + j < end ? p_.kv.row(0, s_, first + j, 0) : nullptr;
-      const char* value = key != nullptr ? key + p_.kv.page_size * p_.kv.row_bytes : nullptr;
-      exists_[j] = -static_cast<int32_t>(key != nullptr);
-      values[j] = value != nullptr ? value + kv_head_ * head_dim * size_ : nothing;
-      key = key != nullptr ? key + kv_head_ * head_dim * size_ : nothing;
-      if (in_pairs_ || (p_.dtype == DType::kFloat32 && head_dim % kLanes == 0)) {
+    for (int j = 0; j < width; ++j) {
+      exists_[j] = -static_cast<int32_t>(rows[j] != nullptr);
+      const char* key = rows[j] != nullptr ? rows[j] + head : nothing;
+      values[j] = rows[j] != nullptr ? rows[j] + head + value : nothing;
+      if (in_pairs_ || (p_.dtype == DType::kFloat32 && head_dim_ == depth_)) {
         keys[j] = reinterpret_cast<const uint32_t*>(key);
       } else {
         float* widened = scratch_.widened.data() + j * depth_;
-        widen_row(key, p_.dtype, head_dim, widened);
+        widen(key, widened);
         keys[j] = reinterpret_cast<const uint32_t*>(widened);
       }
     }
-    transpose(keys, static_cast<int>(depth_), scratch_.keys.data());
+    transpose(keys, width, depth_, scratch_.keys.data());
     if (in_pairs_) {
-      for (int j = 0; j < kKeys; j += 2) {
+      for (int j = 0; j < num_keys; j += 2) {
         interleave(reinterpret_cast<const uint16_t*>(values[j]), reinterpret_cast<const uint16_t*>(values[j + 1]),
-                   head_dim, scratch_.values.data() + j / 2 * cols_);
+                   head_dim_, scratch_.values.data() + j / 2 * cols_);
       }
     } else {
       float* to = reinterpret_cast<float*>(scratch_.values.data());
-      for (int j = 0; j < kKeys; ++j) widen_row(values[j], p_.dtype, head_dim, to + j * cols_);
+      for (int j = 0; j < num_keys; ++j) widen_row(values[j], p_.dtype, head_dim_, to + j * cols_);
     }
   }
 
-  void weigh_row(int64_t r, int64_t first) {
+  void weigh_row(int r, int64_t first, int width) {
     float* scores = scratch_.scores.data() + r * kKeys;
     float bias[kKeys] = {};
     int64_t seen = last_key(r) + 1 - first;
@@ -386,23 +411,23 @@ class Task {
         bias[key - first] = row[key - context_];
       }
     }
-    const int num_seen = static_cast<int>(std::clamp<int64_t>(seen, 0, kKeys));
-    const float factor = weigh_scores(scores, p_.scale, bias, exists_, num_seen, peak_[r], sum_[r]);
-    if (factor != 1.0f) scale_row(scratch_.sums.data() + r * cols_, factor, static_cast<int>(cols_));
-    if (in_pairs_) round_row(scores, kKeys, reinterpret_cast<uint16_t*>(scratch_.weights.data() + r * kKeys / 2));
+    const int num_seen = static_cast<int>(std::clamp<int64_t>(seen, 0, width));
+    const float factor = weigh_scores(scores, width, p_.scale, bias, exists_, num_seen, peak_[r], sums_[r]);
+    if (factor != 1.0f) scale_row(scratch_.sums.data() + r * cols_, factor, head_dim_);
+    if (in_pairs_) round_row(scores, width, reinterpret_cast<uint16_t*>(scratch_.weights.data() + r * kKeys / 2));
   }
 
   const WindowAttention& p_;
-  const int64_t s_, kv_head_, first_row_, group_, num_rows_;
-  const int tile_rows_;
+  const int64_t s_, kv_head_, first_row_, group_;
+  const int num_rows_, head_dim_;
   const int64_t size_;  // bytes of an element
   const bool in_pairs_;
-  const int64_t depth_, cols_;  // units of a packed query, floats of a packed value
+  const int depth_, cols_;  // units of a packed query, floats of a packed value
   Scratch& scratch_;
   const int64_t context_;
   Multiply multiply_;
   int32_t exists_[kKeys];  // of the keys that are packed: -1, or 0 where there is no page
-  float peak_[kRows], sum_[kRows];
+  float peak_[kRows], sums_[kRows][kLanes];
 };
 
 }  // namespace

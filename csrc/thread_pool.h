@@ -1,17 +1,57 @@
-// Threads for the rows of a pass: made at the first large call, asleep between calls, made again after a fork.
+// Threads for the rows of a pass. Those of the OpenMP runtime that the process has loaded, where there is one: torch's
+// spin for a while after its last op, so that they begin at once, and others beside them would share their cores. Else
+// a pool of our own, made at the first large call, asleep between calls, made again after a fork.
 #pragma once
 
 #include <unistd.h>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
 namespace sjd {
+
+// GNU's OpenMP runtime, which runs fn(data) on every thread of a team, the caller's among them.
+class LoadedOpenMP {
+ public:
+  using Parallel = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
+
+  // Null where no runtime is loaded, and in the child of a fork, which has none of its parent's threads.
+  static Parallel parallel() {
+    static const LoadedOpenMP found;
+    return found.owner_ == getpid() ? found.parallel_ : nullptr;
+  }
+
+ private:
+  LoadedOpenMP() : owner_(getpid()) {
+#if defined(__linux__)
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* self) {
+          const char* name = std::strrchr(info->dlpi_name, '/');
+          if (name == nullptr || std::strncmp(name, "/libgomp", 8) != 0) return 0;
+          void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+          if (library == nullptr) return 0;
+          auto& found = static_cast<LoadedOpenMP*>(self)->parallel_;
+          found = reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel"));
+          return found == nullptr ? 0 : 1;
+        },
+        this);
+#endif
+  }
+
+  pid_t owner_;
+  Parallel parallel_ = nullptr;
+};
 
 class ThreadPool {
  public:
@@ -21,6 +61,11 @@ class ThreadPool {
     static std::atomic_flag taken = ATOMIC_FLAG_INIT;
     if (num_threads < 2 || count < 2 || taken.test_and_set(std::memory_order_acquire)) {
       for (int64_t i = 0; i < count; ++i) task(i);
+      return;
+    }
+    if (const auto parallel = LoadedOpenMP::parallel()) {
+      run_team(parallel, count, num_threads, task);
+      taken.clear(std::memory_order_release);
       return;
     }
     // A child of fork has none of its parent's threads. The parent's pool is left alone there, as it is at exit:
@@ -36,6 +81,20 @@ class ThreadPool {
   }
 
  private:
+  static void run_team(LoadedOpenMP::Parallel parallel, int64_t count, int num_threads,
+                       const std::function<void(int64_t)>& task) {
+    struct Job {
+      const std::function<void(int64_t)>& task;
+      int64_t count;
+      std::atomic<int64_t> next{0};
+    } job{task, count};
+    const auto work = [](void* data) {
+      auto& mine = *static_cast<Job*>(data);
+      for (int64_t i; (i = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.count;) mine.task(i);
+    };
+    parallel(work, &job, static_cast<unsigned>(num_threads), 0);
+  }
+
   void run_job(int64_t count, int helpers, const std::function<void(int64_t)>& task) {
     std::unique_lock<std::mutex> lock(mutex_);
     try {

@@ -1,16 +1,18 @@
 """The ops of one decoding pass. `reference` is the definition of correct; fused kernels equal it.
 
-verify(...)             one launch on a GPU (Triton, imported when it is first asked for)
-reference.verify(...)   the same in plain PyTorch
+verify(...)                       one launch on a GPU (Triton, imported when it is first asked for)
+reference.verify(...)             the same in plain PyTorch
+attention.window_attention(...)   one launch or two on a GPU, over a paged cache (Triton)
+paged.window_attention(...)       the same in plain PyTorch, with the other ops of that cache
 """
 
 from typing import Any
 
-from . import arithmetic, philox, reference, state
+from . import arithmetic, paged, philox, reference, state
 
 __version__ = "0.1.0"  # a package called "kernels" is probed for its version by other libraries
 
-__all__ = ["arithmetic", "philox", "reference", "state", "verify"]
+__all__ = ["arithmetic", "paged", "philox", "reference", "state", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -72,6 +72,7 @@ def _attend_kernel(
     GROUP: tl.constexpr,  # query heads of a kv head
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # a power of two >= D
+    ALIGNMENT: tl.constexpr,  # every stride is a multiple of so many elements
     PAGE_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,  # there is more than one chunk
@@ -92,9 +93,10 @@ def _attend_kernel(
     valid_rows = tokens < num_new
     in_head = dims < HEAD_DIM
     heads = kv_head * GROUP + rows % GROUP
-    query_offsets = tokens.to(tl.int64) * query_stride_n + heads * query_stride_h
+    query_offsets = sequence * query_stride_s + tokens.to(tl.int64) * query_stride_n + heads * query_stride_h
+    query_offsets = tl.multiple_of(query_offsets, ALIGNMENT)
     queries = tl.load(
-        queries_ptr + sequence * query_stride_s + query_offsets[:, None] + dims[None, :],
+        queries_ptr + query_offsets[:, None] + dims[None, :],
         mask=valid_rows[:, None] & in_head[None, :],
         other=0.0,
     )
@@ -103,7 +105,6 @@ def _attend_kernel(
         seen = tl.minimum(num_new, ((tl.program_id(1) + 1) * BLOCK_ROWS - 1) // GROUP + 1)
     last = tl.minimum(tl.minimum(context + seen, first + CHUNK), width * PAGE_SIZE)
     table_ptr = block_table_ptr + sequence * table_stride
-    keys_ptr = pages_ptr + kv_head * head_stride
 
     peak = tl.full([BLOCK_ROWS], NEGATIVE_INFINITY, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -116,8 +117,9 @@ def _attend_kernel(
         else:
             page = tl.load(table_ptr + positions // PAGE_SIZE, mask=exists, other=-1)
         exists = exists & (page >= 0)
-        offsets = page.to(tl.int64) * page_stride + positions % PAGE_SIZE * slot_stride
-        keys = tl.load(keys_ptr + offsets[None, :] + dims[:, None], mask=exists[None, :] & in_head[:, None], other=0.0)
+        offsets = page.to(tl.int64) * page_stride + positions % PAGE_SIZE * slot_stride + kv_head * head_stride
+        offsets = tl.multiple_of(offsets, ALIGNMENT)
+        keys = tl.load(pages_ptr + offsets[None, :] + dims[:, None], mask=exists[None, :] & in_head[:, None], other=0.0)
         scores = tl.dot(queries, keys, input_precision="ieee") * scale
         new = positions - context  # index in the window
         if bias_ptr is None:
@@ -137,7 +139,7 @@ def _attend_kernel(
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(peak - base)
         values = tl.load(
-            keys_ptr + kind_stride + offsets[:, None] + dims[None, :],
+            pages_ptr + tl.multiple_of(kind_stride, ALIGNMENT) + offsets[:, None] + dims[None, :],
             mask=exists[:, None] & in_head[None, :],
             other=0.0,
         )
@@ -252,6 +254,7 @@ def window_attention(
         block_table.shape[1],
         (head_dim**-0.5 if scale is None else scale) * LOG2_E.value,
         **shape,
+        ALIGNMENT=math.gcd(16, *queries.stride()[:3], *pages.stride()[:4]),
         PAGE_SIZE=page_size,
         SPLIT=split,
         BLOCK_ROWS=row.rows,

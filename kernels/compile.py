@@ -147,10 +147,12 @@ def matrix() -> list[Case]:
         *(
             AttentionKernel(target, row, "bf16", 128, "causal")
             for row in ("rows-16", "rows-32")
-            for target in ("sm_80", "sm_90", "gfx942")
+            for target in ("sm_90", "gfx942")
         ),
+        *(AttentionKernel("sm_120", row, "bf16", 100, "tree") for row in ("rows-16", "rows-32", "rows-64")),
         AttentionKernel("sm_90", "rows-64", "bf16", 64, "causal"),
         AttentionKernel("sm_80", "rows-32", "fp32", 128, "tree"),
+        AttentionKernel("sm_100", "rows-32", "fp32", 128, "causal"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""How the fused kernels are launched: one plain table, for the launcher and for the tests that compile it offline."""
+"""How the fused kernels are launched: plain tables, for the launchers and for the tests that compile them offline."""
 
 from dataclasses import dataclass
 
@@ -88,15 +88,15 @@ class AttentionLaunch:
     num_stages: int
 
 
-# The widest blocks that spill nothing at a head dim of 128, with a tree's bias and small pages, on any of the targets
-# that are compiled for: 64 rows by 64 keys spill on gfx942 and sm_100.
+# The widest blocks that spill nothing at head dims of 100 and 128, with a tree's bias and small pages, on any target
+# that is compiled for: 64 rows by 64 keys spill on gfx942 and sm_100, 32 rows by 64 keys on sm_80 and sm_120.
 HALF_LAUNCHES = (
     AttentionLaunch("rows-16", 16, 16, 64, 4, 2),
-    AttentionLaunch("rows-32", 32, 32, 64, 4, 2),
+    AttentionLaunch("rows-32", 32, 32, 32, 4, 3),
     AttentionLaunch("rows-64", None, 64, 32, 8, 3),
 )
 # Products that round as float32 does run without tensor cores, and take many registers.
-FLOAT32_LAUNCHES = (AttentionLaunch("rows-32", None, 32, 32, 8, 2),)
+FLOAT32_LAUNCHES = (AttentionLaunch("rows-32", None, 32, 16, 8, 2),)
 
 
 def attention_table(dtype: torch.dtype) -> tuple[AttentionLaunch, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
-from sjd_engine.graph import StepGraphs
+from sjd_engine.graph import Progress, StepGraphs
 from sjd_engine.models import ImageModel
 from sjd_engine.models.base import Context
 from sjd_engine.outputs import ImageStats
@@ -73,6 +73,7 @@ class Batch:
         # Tokens each row's cache holds, or more: the device is not asked in every pass.
         self._at_most = [0] * num_rows
         self._ends = [0] * num_rows  # what it holds in the end
+        self._progress = Progress(num_rows + 1, model.device)
         self._invariant = batch_invariant
         self._graphs = StepGraphs(self._fixed_pass, num_rows, model.device) if graphs else None
 
@@ -105,6 +106,7 @@ class Batch:
         except BaseException:
             self.end(row)
             raise
+        self._progress.begin(row)
         self._at_most[row] = max(map(len, contexts)) - 1
         self._ends[row] = self._at_most[row] + self.decoder.num_tokens
         return row
@@ -113,6 +115,8 @@ class Batch:
         """Reserve the pages of one sequence, which begins with `context`."""
         prefix = len(context) - 1
         capacity = prefix + self.decoder.num_tokens
+        self._anchors[sequence] = self.model.context_embeddings(context)[-1]
+        self._prefix_lens[sequence] = prefix
         if prefix:
             prompt = self.prompts.hold(context)
             try:
@@ -122,8 +126,6 @@ class Batch:
                 raise
         else:
             self.kv_cache.admit(sequence, capacity, first_position=context.first_position)
-        self._anchors[sequence] = self.model.context_embeddings(context)[-1]
-        self._prefix_lens[sequence] = prefix
 
     def end(self, row: int) -> None:
         """Give up `row` and its pages."""
@@ -177,11 +179,12 @@ class Batch:
         logits = self.model.transformer.logits(hidden).unflatten(0, (-1, self._copies))
         return logits.transpose(0, 1) if self.decoder.guided else logits.squeeze(1)
 
-    def num_committed(self) -> list[int]:
-        """Tokens of every row so far."""
-        committed = self.decoder.num_committed.tolist()  # sync: the poll
-        for row in self.rows:
-            self._at_most[row] = self._ends[row] - self.decoder.num_tokens + committed[row]
+    def poll(self, *, lag: bool = False) -> list[int]:
+        """Tokens of every row so far; with `lag` what is known without waiting for the passes under way."""
+        committed = self._progress.poll(self.decoder.num_committed, lag=lag)
+        if not lag:
+            for row in self.rows:
+                self._at_most[row] = self._ends[row] - self.decoder.num_tokens + committed[row]
         return committed[: self.num_rows]
 
     # ------------------------------------------------------------------------------------------------------- results

@@ -87,6 +87,18 @@ def convert_cosmos(
     typer.echo(f"{output}: {num_weights:,} weights")
 
 
+@convert.command("anole")
+def convert_anole(
+    source: Annotated[Path, typer.Argument(help="Folder of GAIR/Anole-7b-v0.1: holds models/7b and tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+) -> None:
+    """Meta's layout to Hugging Face's: a pickle to safetensors, without running it."""
+    from sjd_engine.models import anole
+
+    num_weights = anole.convert(source, output)
+    typer.echo(f"{output}: {num_weights:,} weights")
+
+
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(help="Load 'emoji' or a checkpoint, and tell its memory too.")] = None,
@@ -94,7 +106,8 @@ def doctor(
     """Tell versions and what runs the decoding ops, and why."""
     import torch
 
-    from sjd_engine import native, ops
+    from sjd_engine import attention, native, ops
+    from sjd_engine.kv_cache import PAGE_SIZE
     from sjd_engine.loading import default_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,6 +121,13 @@ def doctor(
     typer.echo(f"dtype         {str(default_dtype(device)).removeprefix('torch.')} by default")
     runs = ops.backend(device)
     typer.echo(f"verify        {runs.name}: {runs.reason}")
+    pages = ops.kv_ops(device)
+    typer.echo(f"pages         {pages.name}, {PAGE_SIZE} tokens each by default: {pages.reason}")
+    chosen = attention.backend(device, page_size=PAGE_SIZE, dtype=default_dtype(device), head_dim=64)
+    typer.echo(f"attention     {chosen.name}: {chosen.reason}; {attention.OVERRIDE} may name another:")
+    for name, spec in attention.ATTENTIONS.items():
+        obstacle = attention.missing(name, device.type)
+        typer.echo(f"  {name:<13} {'no: ' + obstacle if obstacle else 'yes'}; {spec}")
     if native.available():
         archs = ", ".join(native.cuda_archs()) or "none"
         typer.echo(f"compiled      CPU ops for {native.isa()}; CUDA for {archs}")
@@ -145,7 +165,7 @@ def tell_memory(name: str) -> None:
     typer.echo(f"kv cache      {kept:,.1f} MB an image: {sequences} x {schedule.num_tokens} tokens, beside the prompts")
     typer.echo(f"peak memory   {peak():,.0f} MB of this process, {before:,.0f} MB of them before it was loaded")
     if model.device.type == "cuda":
-        typer.echo(f"              {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB of the GPU")
+        typer.echo(f"gpu memory    {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB of the GPU")
 
 
 def check_writable(output: Path) -> None:

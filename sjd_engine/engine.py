@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sjd_engine import native
+from sjd_engine import graph
 from sjd_engine.images import convert
 from sjd_engine.kv_cache import PAGE_SIZE
 from sjd_engine.loading import load
@@ -71,12 +71,10 @@ class Engine:
         self.batch_invariant = exact if batch_invariant is None else batch_invariant
         self.page_size = at_least("page_size", page_size, 1)
         self.kv_cache_bytes = None if kv_cache_bytes is None else at_least("kv_cache_bytes", kv_cache_bytes, 1)
-        can_capture = self.model.device.type == "cuda" and native.has_cuda() and not self.batch_invariant
-        if cuda_graphs and not can_capture:
-            raise ValueError(
-                "cuda_graphs: expected a model on a CUDA device, batch_invariant=False and sjd_engine built with CUDA"
-            )
-        self.cuda_graphs = can_capture if cuda_graphs is None else cuda_graphs
+        obstacle = "batch_invariant=True" if self.batch_invariant else graph.obstacle(self.model, self.page_size)
+        if cuda_graphs and obstacle:
+            raise ValueError(f"cuda_graphs: expected passes that can be captured, got {obstacle}")
+        self.cuda_graphs = not obstacle if cuda_graphs is None else cuda_graphs
         self._jobs: dict[int, Job] = {}  # submitted, and not collected yet
         self._next_id = 0
 
@@ -148,7 +146,7 @@ class Engine:
                 if callback_on_step is not None:
                     callback_on_step(info)
 
-            job = Job(request, on_step if show or callback_on_step is not None else None)
+            job = Job(request, on_step, every_pass=callback_on_step is not None)
             for _ in self._run(job):
                 pass
         return self._generation(job)
@@ -164,11 +162,11 @@ class Engine:
                 ends the call by leaving the loop.
         """
         at_least("every", every, 1)
-        return self._events(Job(make_request(self.model, prompt, output_type=output_type, **arguments)), every)
+        request = make_request(self.model, prompt, output_type=output_type, **arguments)
+        return self._events(Job(request, every_pass=True), every)
 
     def _events(self, job: Job, every: int) -> Iterator[StreamEvent]:
         told: set[int] = set()
-        job.on_step = lambda info: None  # asks the device after every pass
         for _ in self._run(job):
             for image in job.images:
                 done = image.codes is not None
@@ -194,7 +192,8 @@ class Engine:
         Returns: its number, for `collect` and `cancel`.
         Raises: ValueError, TypeError for bad arguments; nothing is queued then.
         """
-        job = Job(make_request(self.model, prompt, **arguments), callback_on_step)
+        request = make_request(self.model, prompt, **arguments)
+        job = Job(request, callback_on_step, every_pass=callback_on_step is not None)
         self.scheduler.submit(job)
         self._next_id += 1
         self._jobs[self._next_id] = job

@@ -1,4 +1,4 @@
-"""CUDA graphs of one decoding pass: hundreds of launches become one."""
+"""CUDA graphs of one decoding pass: hundreds of launches become one, and the host may run ahead of the device."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sjd_engine import attention, native
+from sjd_engine.models import ImageModel
+
 WARM_UP = 3  # passes before a capture: Triton compiles and libraries choose their kernels in them
+
+
+def obstacle(model: ImageModel, page_size: int) -> str:
+    """Why passes of `model` cannot be captured; "" where they can."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}"
+    if not native.has_cuda():
+        return "sjd_engine was built without CUDA; `SJD_CUDA=1 pip install .` with nvcc builds it"
+    transformer = model.transformer
+    head_dim = transformer.config.head_dim
+    chosen = attention.backend(model.device, page_size=page_size, dtype=transformer.dtype, head_dim=head_dim)
+    return f"{chosen.name} attention waits for the device" if attention.ATTENTIONS[chosen.name].syncs else ""
 
 
 class StepGraphs:
@@ -66,3 +81,48 @@ class CudaCapture:
         with torch.cuda.graph(graph, pool=self._pool):
             call()
         return graph.replay
+
+
+class Progress:
+    """How far every row has come, as far as the host knows.
+
+    A poll that lags tells what the poll before it asked for, so that the device has passes to work on while the host
+    reads; only where that is not there yet does the host wait.
+
+    Args:
+        num_rows: B.
+        device: of the counters.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._counts = torch.zeros(num_rows, dtype=torch.int64, pin_memory=self._cuda)
+        self._arrived: Any = None
+        self._generations = [0] * num_rows  # images that have begun in a row
+        self._asked = [-1] * num_rows  # the generations that the counts belong to
+
+    def begin(self, row: int) -> None:
+        """Another image begins in `row`: counts that are under way are not its own."""
+        self._generations[row] += 1
+
+    def poll(self, num_committed: Tensor, *, lag: bool) -> list[int]:
+        """Tokens of every row, 0 where nothing is known of its image yet.
+
+        Args:
+            num_committed: [B] int64 on the device.
+            lag: tell what the last poll asked for, and ask again.
+        """
+        if not lag:
+            return num_committed.tolist()  # sync: the caller waits
+        if self._arrived is not None:
+            self._arrived.synchronize()  # sync: passes that were queued one poll ago
+        known = [
+            count if asked == now else 0
+            for count, asked, now in zip(self._counts.tolist(), self._asked, self._generations, strict=True)
+        ]
+        self._counts.copy_(num_committed, non_blocking=True)
+        self._asked = list(self._generations)
+        if self._cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return known

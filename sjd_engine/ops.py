@@ -1,10 +1,13 @@
-"""The ops the decoder calls, what runs them and why. The only importer of `sjd_engine.kernels` beside `native`.
+"""The ops the decoder calls, what runs them and why. With `native` and `attention` the only importer of
+`sjd_engine.kernels`.
 
     triton     one launch on a GPU                        kernels/verify.py
     cpu        one call of the compiled module            csrc/verify_cpu.cpp
     reference  plain PyTorch, the definition of correct   kernels/reference.py
 
-They decide alike, bit for bit. Registered as `torch.ops.sjd.verify` for graphs that are traced.
+They decide alike, bit for bit. The ops of the paged cache run in the compiled module or in plain PyTorch, and attention
+over its pages where attention.py says. For graphs that are traced they are `torch.ops.sjd.verify`, `append_kv` and
+`window_attention`.
 """
 
 import functools
@@ -13,13 +16,12 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sjd_engine import kernels, native
+from sjd_engine import attention, kernels, native
 from sjd_engine.kernels import paged, reference
 from sjd_engine.kernels.reference import start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
@@ -27,6 +29,7 @@ from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_prev
 __all__ = [
     "Backend",
     "Grid",
+    "KVOps",
     "VerifyResult",
     "WindowState",
     "backend",
@@ -103,11 +106,84 @@ def verify(logits: Tensor, state: WindowState, grid: Grid, **arguments: Any) -> 
     return backend(logits.device).verify(logits, state, grid, **arguments)
 
 
-def kv_ops(device: torch.device) -> ModuleType:
-    """The ops of the paged cache on `device`: the compiled module's on a CPU, else `kernels.paged`. Same signatures."""
-    wanted = os.environ.get(OVERRIDE, "")
-    compiled = device.type == "cpu" and native.available() and wanted in ("", "cpu")
-    return native if compiled else paged
+@dataclass(frozen=True)
+class KVOps:
+    """The ops of the paged cache on a device, see `kernels.paged` for each: what runs them, and why."""
+
+    name: str
+    reason: str
+    append_kv: Callable[..., None]
+    gather_kv: Callable[..., tuple[Tensor, Tensor]]
+    window_attention: Callable[..., Tensor]
+    advance_rollback: Callable[..., None]
+    copy_pages: Callable[..., None]
+    poison_kv: Callable[..., None]
+
+
+def kv_ops(device: torch.device | str) -> KVOps:
+    """The ops on `device`: those of the compiled module where it has them, unless SJD_BACKEND asks for the reference.
+    Attention is chosen by itself, see attention.py."""
+    device = torch.device(device)
+    obstacle = page_obstacle(device)
+    runs = paged if obstacle else native
+    return KVOps(
+        "reference" if obstacle else "compiled",
+        obstacle or f"the fastest on {device.type}",
+        append_kv,
+        runs.gather_kv,
+        window_attention,
+        runs.advance_rollback,
+        runs.copy_pages,
+        runs.poison_kv,
+    )
+
+
+def page_obstacle(device: torch.device) -> str:
+    """Why the compiled module does not run the ops of the paged cache on `device`; "" where it does."""
+    if os.environ.get(OVERRIDE) == "reference":
+        return f"{OVERRIDE} asks for it"
+    if device.type == "cpu":
+        return missing("cpu", "cpu")
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the compiled module has no ops for {'HIP' if device.type == 'cuda' else device.type}"
+    return (
+        "" if native.has_cuda() else "the compiled module has no CUDA; `SJD_CUDA=1 pip install .` with nvcc builds it"
+    )
+
+
+def append_kv(
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_valid: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """See `kernels.paged.append_kv`."""
+    arguments = (pages, block_table, context_lens, keys, values, num_valid, cos, sin)
+    if torch.compiler.is_compiling():
+        torch.ops.sjd.append_kv(*arguments)
+    else:
+        _append_kv(*arguments)
+
+
+def window_attention(
+    queries: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    span: int,
+    scale: float | None = None,
+    window_bias: Tensor | None = None,
+) -> Tensor:
+    """See `kernels.paged.window_attention`."""
+    arguments = (queries, pages, block_table, context_lens, span, scale, window_bias)
+    if torch.compiler.is_compiling():
+        return torch.ops.sjd.window_attention(*arguments)
+    return _window_attention(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------------- torch.ops.sjd
@@ -155,3 +231,37 @@ def _verify_traced(logits: Tensor, state: WindowState, grid: Grid, **arguments: 
     if reads_previous_logits(arguments["accept"], arguments["window_size"]):
         state.previous_logits = logits
     return VerifyResult(*result)
+
+
+_library.define(
+    "append_kv(Tensor(a!) pages, Tensor block_table, Tensor context_lens, Tensor keys, Tensor values, "
+    "Tensor? num_valid, Tensor? cos, Tensor? sin) -> ()"
+)
+_library.define(
+    "window_attention(Tensor queries, Tensor pages, Tensor block_table, Tensor context_lens, SymInt span, "
+    "float? scale, Tensor? window_bias) -> Tensor"
+)
+
+
+def _append_kv(pages: Tensor, *arguments: Tensor | None) -> None:
+    (paged if page_obstacle(pages.device) else native).append_kv(pages, *arguments)
+
+
+def _window_attention(
+    queries: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    span: int,
+    scale: float | None,
+    window_bias: Tensor | None,
+) -> Tensor:
+    return attention.window_attention(
+        queries, pages, block_table, context_lens, span=span, scale=scale, window_bias=window_bias
+    )
+
+
+_library.impl("append_kv", _append_kv, "CompositeExplicitAutograd")
+_library.impl("window_attention", _window_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("sjd::append_kv", lambda *arguments: None, lib=_library)
+torch.library.register_fake("sjd::window_attention", lambda queries, *_: queries.new_empty(queries.shape), lib=_library)

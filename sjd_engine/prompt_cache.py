@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sjd_engine.kv_cache import PagedKVCache
 from sjd_engine.models import ImageModel
 from sjd_engine.models.base import Context
+from sjd_engine.native import PagesExhausted
 
 
 @dataclass
@@ -44,8 +45,8 @@ class PromptCache:
         """
         resident = self._residents.pop(context.key, None)
         if resident is None:
-            while not self._free_rows:
-                self.evict()
+            if not self._free_rows and not self.evict():
+                raise PagesExhausted(f"all {len(self)} prompts of the cache are held by images")
             resident = Resident(self._compute(context))
         self._residents[context.key] = resident  # now the most recently used
         resident.users += 1

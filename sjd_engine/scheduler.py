@@ -39,13 +39,15 @@ class Image:
 class Job:
     """A request and how far it has come.
 
-    on_step: told of every pass; what it raises ends the job.
+    on_step: told how far the job is whenever the device was asked; what it raises ends the job.
+    every_pass: ask the device after every pass of the job.
     error: why the job has ended without its images; None otherwise.
     """
 
     request: Request
     on_step: Callable[[StepInfo], None] | None = None
-    images: list[Image] = field(default_factory=list)
+    every_pass: bool = False
+    images: list[Image] = field(init=False)
     passes: int = 0
     started: float | None = None
     error: Exception | None = None
@@ -159,11 +161,13 @@ class Scheduler:
             self._step_batch(batch)
         self._passes += 1
         jobs = list(dict.fromkeys(image.job for image in self.running))
-        if self._passes % self.poll_every == 0 or any(job.on_step for job in jobs):
-            self._poll()
         for job in jobs:
             job.passes += 1
-            self._tell(job)
+        every_pass = any(job.every_pass for job in jobs)
+        if every_pass or self._passes % self.poll_every == 0:
+            self._poll(lag=self.poll_every > 1 and not every_pass)
+            for job in jobs:
+                self._tell(job)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch_size:
@@ -218,9 +222,9 @@ class Scheduler:
         for image in images:
             image.passes += 1
 
-    def _poll(self) -> None:
-        """Ask the device how far every image is, and let the complete ones leave."""
-        committed = {id(batch): batch.num_committed() for batch in self._batches.values() if batch.rows}
+    def _poll(self, *, lag: bool) -> None:
+        """Learn how far every image is, and let the complete ones leave."""
+        committed = {id(batch): batch.poll(lag=lag) for batch in self._batches.values() if batch.rows}
         now = time.perf_counter()
         for image in list(self.running):
             assert image.batch is not None

@@ -76,3 +76,31 @@ def test_operators_that_only_make_views_are_not_launches(bench):
     with bench.CountOperators() as operators:
         (x.view(16)[:8] + 1).sum().item()
     assert (operators.launches, operators.syncs) == (2, 1)
+
+
+@pytest.mark.skipif(not native.available(), reason="sjd_engine._C is not built")
+class TestPagedCache:
+    SHAPES = ("--lengths", "5", "9", "--windows", "3", "--sequences", "2", "--layers", "2")
+    TINY = ("--op", "kv", *SHAPES, "--passes", "1", "--peak-gbps", "10")
+
+    @pytest.fixture(autouse=True)
+    def no_waiting(self, bench, monkeypatch):
+        monkeypatch.setattr(bench.kv_module(), "LEAST_SECONDS", 0.0)
+
+    def test_every_comparison_is_checked_and_timed(self, bench, capsys):
+        assert bench.main(self.TINY) == 0
+        document = last_line(capsys)
+        assert [(row["length"], row["rejected"]) for row in document["rollback"]] == [(5, 3), (9, 3)]
+        assert {row["what"] for row in document["rows"]} == {"rollback", "rollback + append", "append", "attention"}
+        assert {row["dtype"] for row in document["rows"]} == {"fp32", "bf16"}
+        assert all(row["ratio"] > 0 for row in document["rows"])
+
+    def test_a_wrong_result_gets_fail_and_no_time(self, bench, capsys, monkeypatch):
+        attend = native.window_attention
+        monkeypatch.setattr(native, "window_attention", lambda *args, **words: attend(*args, **words) + 0.1)
+        assert bench.main([*self.TINY, "--dtype", "fp32"]) == 1
+        out = capsys.readouterr().out
+        assert "FAIL" in out
+        rows = json.loads(out.splitlines()[-1])["rows"]
+        assert {row["us"] for row in rows if row["what"] == "attention"} == {None}
+        assert None not in {row["us"] for row in rows if row["what"] != "attention"}

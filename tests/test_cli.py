@@ -57,7 +57,7 @@ def test_bad_arguments_write_nothing(tmp_path, arguments, status, message):
 def test_doctor_names_versions_and_backend(tmp_path):
     done = sjd("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "verify", "cpu", "compiled", "dtype"):
+    for word in ("torch", "verify", "cpu", "compiled", "dtype", "pages", "attention"):
         assert word in done.stdout
 
 
@@ -66,3 +66,17 @@ def test_doctor_tells_the_memory_of_a_model(tmp_path):
     assert done.returncode == 0, done.stderr
     for line in ("weights       transformer", "MB an image: 2 x 256 tokens", "MB of this process"):
         assert line in done.stdout
+
+
+def test_doctor_names_every_attention_with_what_it_asks_for(tmp_path):
+    lines = sjd("doctor", cwd=tmp_path).stdout.splitlines()
+    lines = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert list(lines) == ["cpu", "triton", "flash_attn_2", "flash_attn_3", "varlen", "flashinfer", "reference"]
+    assert "pages of 256n tokens; float16, bfloat16; host sync, no CUDA graph; trees by triton" in lines["flash_attn_2"]
+    assert "no: it runs on cuda, not on cpu" in lines["flashinfer"] or "pip install" in lines["flashinfer"]
+
+
+def test_an_attention_that_cannot_run_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("SJD_ATTENTION", "flashinfer")
+    done = sjd("doctor", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("sjd: SJD_ATTENTION=flashinfer: ")) == (1, 1), done.stderr

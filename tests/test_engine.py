@@ -230,7 +230,17 @@ def test_a_model_that_says_nothing_finite_is_warned_about(engine_bf16, monkeypat
         assert codes(engine_bf16, "a cat").shape == (1, 256)
 
 
-@pytest.mark.parametrize("arguments", [{"model": 3}, {"max_batch_size": 0}, {"max_batch_size": "8"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"model": 3},
+        {"max_batch_size": 0},
+        {"max_batch_size": "8"},
+        {"page_size": 0},
+        {"kv_cache_bytes": 0},
+        {"device": "cpu", "cuda_graphs": True},
+    ],
+)
 def test_bad_engine_arguments(arguments):
     with pytest.raises((TypeError, ValueError)):
         Engine(**arguments)

@@ -7,7 +7,7 @@ import torch
 
 from sjd_engine import Engine
 from sjd_engine.batch import Batch
-from sjd_engine.graph import WARM_UP, StepGraphs
+from sjd_engine.graph import WARM_UP, Progress, StepGraphs
 from sjd_engine.request import make_request
 
 
@@ -55,6 +55,29 @@ class TestStepGraphs:
         assert capture.captured == 2
 
 
+class TestProgress:
+    def test_a_lagging_poll_tells_what_the_last_one_asked_for(self):
+        progress = Progress(2, torch.device("cpu"))
+        told = [progress.poll(torch.tensor(counts), lag=True) for counts in ([1, 2], [3, 4], [5, 6])]
+        assert told == [[0, 0], [1, 2], [3, 4]]
+        assert progress.poll(torch.tensor([7, 8]), lag=False) == [7, 8]
+
+    def test_counts_of_the_image_before_are_not_those_of_the_next(self):
+        progress = Progress(2, torch.device("cpu"))
+        progress.poll(torch.tensor([256, 9]), lag=True)
+        progress.begin(0)
+        assert progress.poll(torch.tensor([3, 10]), lag=True) == [0, 9]
+        assert progress.poll(torch.tensor([4, 11]), lag=True) == [3, 10]
+
+    def test_a_lagging_engine_draws_the_same_images(self, engine):
+        lagging = Engine(engine.model, max_batch_size=2)
+        lagging.scheduler.poll_every = 4
+        arguments = {"num_images_per_prompt": 5, "window_size": 32, "output_type": "codes", "progress": False}
+        out, expected = (e.generate("a cat", **arguments) for e in (lagging, engine))
+        assert torch.equal(out.token_ids, expected.token_ids)
+        assert [s.nfe for s in out.stats] == [s.nfe for s in expected.stats]
+
+
 def decode(engine: Engine, capture) -> list[torch.Tensor]:
     """Three images of one prompt, begun at different passes, with passes captured by `capture` or eager for None."""
     request = make_request(engine.model, "noto red heart", method="maximal", num_images_per_prompt=3, seed=4)
@@ -69,7 +92,7 @@ def decode(engine: Engine, capture) -> list[torch.Tensor]:
         batch.step()
         steps += 1
         for index, row in row_of.items():
-            if row in batch.rows and batch.num_committed()[row] == 256:
+            if row in batch.rows and batch.poll()[row] == 256:
                 codes[index] = batch.codes(row).cpu()
                 batch.end(row)
     return codes

@@ -45,7 +45,7 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype) -> Im
 
     Raises: CheckpointError where the files are missing, incomplete, damaged or of no known family.
     """
-    checkpoint = Checkpoint(checkpoint_folder(name), str(name))
+    checkpoint = Checkpoint(checkpoint_folder(name), None if Path(name).exists() else str(name))
     for family in FAMILIES:
         if family.matches(checkpoint):
             return family(checkpoint, device, dtype)

@@ -180,6 +180,7 @@ def convert(source: Path, target: Path) -> int:
         raise ValueError(f"source: expected a folder with {META_FOLDER}/consolidated.pth, got {str(source)!r}")
     if target.exists():
         raise ValueError(f"output: expected a new folder, but {str(target)!r} exists")
+    tokenizer_files = sorted((source / TOKENIZER_FOLDER).iterdir())
     shards: list[list[str]] = [[]]
     filled = 0
     for key, shape in checkpoint.shapes.items():
@@ -193,7 +194,7 @@ def convert(source: Path, target: Path) -> int:
     for name, keys in zip(names, shards, strict=True):
         save_file({key: checkpoint.read(key).contiguous() for key in keys}, target / name, {"format": "pt"})
     (target / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
-    for path in (source / TOKENIZER_FOLDER).iterdir():
+    for path in tokenizer_files:
         shutil.copy(path, target)
     # The index last: without it the folder is no checkpoint, so a conversion that was interrupted is none.
     index = {"weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys}}

@@ -5,13 +5,11 @@ Image code c is the token IMGIMG...Z whose letters spell the digits of c, A for 
     vqgan.ckpt, here or in tokenizer/, where the weights have no model.vqmodel.decoder.*
 """
 
-from typing import Any
-
 import torch
 
 from sjd_engine.errors import CheckpointError
 from sjd_engine.models.base import ImageModel
-from sjd_engine.models.block import BlockConfig, Transformer
+from sjd_engine.models.block import Transformer
 from sjd_engine.models.checkpoint import Checkpoint, read_tensors
 from sjd_engine.models.detokenizers.vqgan import VQGANDecoder
 from sjd_engine.models.vocabulary import Vocabulary
@@ -49,9 +47,11 @@ class ChameleonModel(ImageModel):
 
     def _load_transformer(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
         config = {**CONFIG, **checkpoint.config}
+        block = block_config(config, checkpoint, theta=1e4, qk_norm=True)
+        self.vocabulary.check_fits(config["vocab_size"])
         return load_transformer(
             checkpoint,
-            chameleon_block(config, checkpoint),
+            block,
             lambda block: {
                 "embedding": [Piece.of("model.embed_tokens.weight")],
                 "head": [Piece.of("lm_head.weight", rows(self.first_code, self.num_codes))],
@@ -72,8 +72,3 @@ class ChameleonModel(ImageModel):
             if path.exists():
                 return VQGANDecoder.from_tensors(read_tensors(path), path, l2_norm=False)
         raise CheckpointError(f"{checkpoint}: no vqgan.ckpt; put the tokenizer folder of Meta's Chameleon there")
-
-
-def chameleon_block(config: dict[str, Any], checkpoint: Checkpoint) -> BlockConfig:
-    """The block of a Chameleon config. Raises: CheckpointError."""
-    return block_config(config, checkpoint, theta=1e4, qk_norm=True)

@@ -98,7 +98,7 @@ class Checkpoint:
             raise CheckpointError(f'{index}: expected "weight_map", a file name for each tensor')
         shards = set(entries.values())
         for name in shards:
-            if Path(name).name != name:
+            if Path(name).name != name or name == "..":
                 raise CheckpointError(f"{index}: expected names of files beside it, got {name!r}")
         held = {key: self.folder / name for name in sorted(shards) for key in self._mapped(self.folder / name)}
         lost = [key for key, name in entries.items() if held.get(key) != self.folder / name]

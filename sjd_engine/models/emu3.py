@@ -67,9 +67,11 @@ class Emu3Model(ImageModel):
         self.detokenizer = self._load_detokenizer(checkpoint, detokenizer).to(device)
         self.check_codes(checkpoint)
         config = {**CONFIG, **checkpoint.config.get("text_config", checkpoint.config)}
+        block = block_config(config, checkpoint, theta=1e6)
+        self.vocabulary.check_fits(config["vocab_size"])
         self.transformer = load_transformer(
             checkpoint,
-            block_config(config, checkpoint, theta=1e6),
+            block,
             lambda block: {
                 "embedding": [Piece.of(f"{prefix}.embed_tokens.weight")],
                 "head": [Piece.of(f"{head}.weight", rows(self.first_code, self.num_codes))],

@@ -77,10 +77,12 @@ class JanusModel(ImageModel):
             device
         )
         self.check_codes(checkpoint)
+        block = block_config(text, checkpoint, theta=1e4)
+        self.vocabulary.check_fits(text["vocab_size"])
         layers = [f"{parts[layer]}.{kind}" for layer in ("aligner_in", "aligner_out") for kind in ("weight", "bias")]
         self.transformer = load_transformer(
             checkpoint,
-            block_config(text, checkpoint, theta=1e4),
+            block,
             lambda block: {
                 "embedding": [
                     Piece.of(f"{parts['text']}.embed_tokens.weight"),

@@ -85,6 +85,9 @@ class LlamaGenModel(ImageModel):
         self.name, self.image_size, self.sizes = checkpoint.name, (side, side), ((side, side),)
         shapes = checkpoint.shapes
         self.text_conditional = TEXT in shapes
+        table = TEXT_PREFIXES[1] if self.text_conditional else CLASSES
+        if table not in shapes:
+            raise CheckpointError(f"{checkpoint}: missing {table}")
         num_conditioning = shapes[TEXT_PREFIXES[1]][0] if self.text_conditional else 1
         self.num_codes, hidden_size = shapes["tok_embeddings.weight"]
         block = read_block(shapes, num_conditioning + (side // PATCH) ** 2)

@@ -50,7 +50,7 @@ class SimpleARModel(ImageModel):
     @staticmethod
     def matches(checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is one of the family."""
-        says = (*checkpoint.config.get("architectures", ()), checkpoint.name)
+        says = (*(checkpoint.config.get("architectures") or ()), checkpoint.name)
         return checkpoint.family == FAMILY or (
             checkpoint.config.get("model_type") is not None
             and any(word in str(name).lower() for name in says for word in ("simpar", "simplear"))

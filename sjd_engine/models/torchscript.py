@@ -81,8 +81,9 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             root = archive.namelist()[0].split("/")[0]
-            tree: ArchiveObject = ArchiveUnpickler(archive, root).load()
-            vars(tree)
+            tree = ArchiveUnpickler(archive, root).load()
+        if not isinstance(tree, ArchiveObject):
+            raise pickle.UnpicklingError(f"expected a module, got {type(tree).__name__}")
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name}") from None
     except Exception as error:  # a damaged zip file or pickle raises nearly anything

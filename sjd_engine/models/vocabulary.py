@@ -47,6 +47,13 @@ class Vocabulary:
             )
         return found
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Raises: CheckpointError where the model has embeddings for fewer tokens."""
+        if len(self) > vocab_size:
+            raise CheckpointError(
+                f"{self.path}: expected at most {vocab_size} tokens, as config.json has it, got {len(self)}"
+            )
+
     def codes(self, name: Callable[[int], str]) -> tuple[int, int]:
         """The tokens of image codes 0, 1, ...: the id of the first, and how many there are.
 

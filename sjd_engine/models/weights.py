@@ -17,7 +17,7 @@ from sjd_engine.errors import CheckpointError
 from sjd_engine.models.block import BlockConfig, Transformer
 from sjd_engine.models.checkpoint import Checkpoint
 
-MAX_POSITIONS = 1 << 20  # of a position table; a config that asks for more is damaged
+MAX_SIZE = 1 << 22  # of anything a config names; one that asks for more is damaged
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ def shape_problems(wanted: Mapping[str, Tensor], layout: Layout, shapes: Mapping
         sources = ", ".join(f"{key} {list(shapes[key])}" for key in keys)
         try:
             parts = [piece.change(*(torch.empty(shapes[key], device="meta") for key in piece.keys)) for piece in pieces]
-            got = list(torch.cat(parts).shape)
         except (RuntimeError, IndexError) as error:
             problems.append(f"{name}: expected {expected}, got {sources}: {str(error).partition(chr(10))[0]}")
             continue
-        if got != expected:
+        if sum(len(part) for part in parts) != expected[0] or any(
+            part.shape[1:] != wanted[name].shape[1:] for part in parts
+        ):
+            got = " + ".join(str(list(part.shape)) for part in parts)
             problems.append(f"{name}: expected {expected}, got {got} from {sources}")
     return problems
 
@@ -179,9 +181,9 @@ def block_config(
         theta: of RoPE where the config has none; None demands one.
     Raises: CheckpointError where a key is missing, no size, or asks for something that the block does not do.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window") or kind != "default":
+    rope, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    kinds = {settings.get("rope_type", settings.get("type", "default")) for settings in (rope, scaling)}
+    if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window") or kinds != {"default"}:
         raise CheckpointError(f"{origin}: expected hidden_act silu, plain RoPE and no sliding window in config.json")
     try:
         num_heads = config["num_attention_heads"]
@@ -193,14 +195,14 @@ def block_config(
             "num_kv_heads": config["num_key_value_heads"] or num_heads,
             "max_positions": config["max_position_embeddings"],
         }
-        for name, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise CheckpointError(f"{origin}: expected {name} >= 1 in config.json, got {value!r}")
+        for name, value in {**sizes, "vocab_size": config["vocab_size"]}.items():
+            if type(value) is not int or not 1 <= value <= MAX_SIZE:
+                raise CheckpointError(f"{origin}: expected {name} in 1..{MAX_SIZE} in config.json, got {value!r}")
         head_dim = config.get("head_dim") or sizes["hidden_size"] // num_heads
-        if head_dim % 2 or num_heads % sizes["num_kv_heads"] or sizes["max_positions"] > MAX_POSITIONS:
+        if head_dim % 2 or num_heads % sizes["num_kv_heads"]:
             raise CheckpointError(
-                f"{origin}: expected an even head_dim, whole groups of heads and at most {MAX_POSITIONS} positions in "
-                f"config.json, got {head_dim}, {num_heads} / {sizes['num_kv_heads']} and {sizes['max_positions']}"
+                f"{origin}: expected an even head_dim and whole groups of heads in config.json, got {head_dim} and "
+                f"{num_heads} / {sizes['num_kv_heads']}"
             )
         return BlockConfig(
             **sizes,

@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from typer.testing import CliRunner
 
-from sjd_engine import Engine
+from sjd_engine import CheckpointError, Engine
+from sjd_engine.cli import app
 from sjd_engine.models import anole, emu3, llamagen, load_model, simplear
 from sjd_engine.models.base import Context, ImageModel
 from sjd_engine.models.detokenizers.conv import ConvConfig
 from sjd_engine.models.detokenizers.cosmos import CosmosDecoder
 from sjd_engine.models.detokenizers.vqgan import VQGANConfig, VQGANDecoder
+from sjd_engine.schedule import Schedule
 from sjd_engine.testing import teacher_forced_logits
 
 transformers = pytest.importorskip("transformers")
@@ -333,7 +336,7 @@ def janus_checkpoint(folder: Path, official: bool) -> Tiny:
     return Tiny(folder, logits, [begin, *inside, image], unconditional, (4, 4), (64, 64))
 
 
-def simplear_checkpoint(folder: Path, tied: bool) -> Tiny:
+def simplear_checkpoint(folder: Path) -> Tiny:
     folder = folder / "SimpleAR-0.5B-RL"
     names = [*ALPHABET, "<|t2i|>", "<|i2t|>", "<|soi|>", "<|vtokens|>", "<|t2v|>", "<|v2t|>", "<|sov|>"]
     config = transformers.Qwen2Config(
@@ -342,7 +345,7 @@ def simplear_checkpoint(folder: Path, tied: bool) -> Tiny:
         vocab_size=len(names) + 64000,
         max_position_embeddings=256,
         rope_theta=1e6,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
         architectures=["SimpARForCausalLM"],
     )
     model = randomise(transformers.Qwen2ForCausalLM(config))
@@ -524,8 +527,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Tiny]] = {
     "anole-meta": anole_meta_checkpoint,
     "janus-official": lambda folder: janus_checkpoint(folder, official=True),
     "janus-hf": lambda folder: janus_checkpoint(folder, official=False),
-    "simplear": lambda folder: simplear_checkpoint(folder, tied=False),
-    "simplear-tied": lambda folder: simplear_checkpoint(folder, tied=True),
+    "simplear": simplear_checkpoint,
     "emu3-official": lambda folder: emu3_checkpoint(folder, "official"),
     "emu3-hf": lambda folder: emu3_checkpoint(folder, "hf"),
     "emu3-hf-5": lambda folder: emu3_checkpoint(folder, "hf-5"),
@@ -662,7 +664,7 @@ def full_size(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("side", "num_sizes", "tallest"), [(512, 29, (1024, 256)), (768, 45, (1536, 384)), (1024, 59, (2048, 512))]
+    ("side", "num_sizes", "tallest"), [(512, 49, (1024, 256)), (768, 73, (1536, 384)), (1024, 97, (2048, 512))]
 )
 def test_lumina_breaks_every_line_of_every_size(full_size, side, num_sizes, tallest):
     model = full_size("lumina", f"Lumina-mGPT-7B-{side}")
@@ -694,7 +696,9 @@ def test_emu3_breaks_every_line_of_every_shape(full_size):
     assert model.schedule(720, 720).num_tokens == 8190 + 3
 
 
-def test_families_of_one_size(full_size):
+def test_families_of_one_size(full_size, monkeypatch):
+    monkeypatch.setattr(anole, "SIDE", 512)
+    monkeypatch.setattr(simplear, "SIDE", 1024)
     anole_model, simplear_model = full_size("anole-hf"), full_size("simplear")
     schedule = anole_model.schedule(512, 512)
     assert schedule.num_tokens == 1025
@@ -714,7 +718,7 @@ def test_negative_prompts_where_the_family_has_them(tiny):
         prompt = model.build_prompt(PROMPT, "dog", *case.size)
         assert len(prompt.unconditional) < len(case.unconditional)
     else:
-        with pytest.raises(ValueError, match="negative_prompt: .* has none"):
+        with pytest.raises(ValueError, match=r"negative_prompt: .* has none"):
             model.build_prompt(prompt_text(model), "dog", *case.size)
 
 
@@ -723,7 +727,7 @@ def test_a_prompt_that_leaves_no_room_for_the_image(tiny):
     if isinstance(model, llamagen.LlamaGenModel):
         pytest.skip("classes are one token, texts are cut")
     with pytest.raises(ValueError, match=r"prompt: expected at most \d+ tokens with those of the template, got \d+"):
-        model.build_prompt("word " * 100, None, *case.size)
+        model.build_prompt("word " * 1000, None, *case.size)
 
 
 def test_lumina_can_keep_the_separator_in_the_unconditional_context(tmp_path):
@@ -735,6 +739,23 @@ def test_lumina_can_keep_the_separator_in_the_unconditional_context(tmp_path):
     model.uncond = "nothing"
     with pytest.raises(ValueError, match="uncond: expected one of boi, sep_boi, got 'nothing'"):
         model.build_prompt(PROMPT, None, *case.size)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "message"),
+    [
+        ("c2i_B_64.pt", "cls_embedding.embedding_table.weight", "missing cls_embedding"),
+        ("c2i_B_64.pt", "layers.1.feed_forward.w2.weight", r"missing layers\.1\.feed_forward\.w2"),
+        ("c2i_B_64.pt", "layers.0.feed_forward.w1.weight", r"missing layers\.0\.feed_forward\.w1"),
+        ("c2i_B.pt", None, "expected the size of its images in its name, as in c2i_B_256.pt"),
+    ],
+)
+def test_a_damaged_file_of_llamagen(tmp_path, name, lost, message):
+    path = llamagen_class_checkpoint(tmp_path, 256, 64).path
+    tensors = torch.load(path, weights_only=False)["model"]
+    torch.save({key: tensor for key, tensor in tensors.items() if key != lost}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / name, torch.device("cpu"), torch.float32)
 
 
 class TestLlamaGenPrompts:
@@ -769,7 +790,7 @@ def test_a_converted_checkpoint_of_anole_has_the_same_weights(tmp_path, monkeypa
     monkeypatch.setattr(anole, "SHARD_NUMEL", 20_000)
     case = anole_meta_checkpoint(tmp_path / "meta" / "..")
     converted = tmp_path / "converted"
-    assert anole.convert(case.path, converted) > 0
+    assert CliRunner().invoke(app, ["convert", "anole", str(case.path), str(converted)]).exit_code == 0
     assert len(list(converted.glob("model-*.safetensors"))) > 2
     ours = load_model(converted, torch.device("cpu"), torch.float32)
     assert type(ours) is anole.AnoleModel
@@ -779,3 +800,38 @@ def test_a_converted_checkpoint_of_anole_has_the_same_weights(tmp_path, monkeypa
         anole.convert(case.path, converted)
     with pytest.raises(ValueError, match=r"source: expected a folder with models/7b/consolidated\.pth"):
         anole.convert(converted, tmp_path / "other")
+
+
+def test_forced_tokens_cost_no_pass_where_drafts_around_them_are_accepted(tmp_path, monkeypatch):
+    """A model that is sure of its code: once the drafts are right, a pass takes four lines and what ends the image."""
+    case = lumina_checkpoint(tmp_path, swin=False)
+    model = case.load()
+    sure = 9 * F.one_hot(torch.tensor(3), CODES).float()
+    monkeypatch.setattr(model.transformer, "logits", lambda hidden: sure.repeat(*hidden.shape[:-1], 1))
+    passes = []
+    for schedule in (model.schedule(64, 64), Schedule.line(22)):
+        monkeypatch.setattr(model, "schedule", lambda height, width, schedule=schedule: schedule)
+        arguments = {"height": 64, "width": 64, "output_type": "codes", "progress": False}
+        out = Engine(model).generate(PROMPT, method="jacobi", window_size=22, **arguments)
+        assert (out.token_ids == 3).all()
+        assert (out.stats[0].num_tokens, out.token_ids.shape[1]) == (22, 22 - len(schedule.forced))
+        passes.append(out.stats[0].nfe)
+    assert passes == [2, 2]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(tmp_path):
+    case = anole_hf_checkpoint(tmp_path)
+    write_tokenizer(case.path / "tokenizer.json", [*CHAMELEON_NAMES, "<reserved09999>"])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected at most \d+ tokens, as config\.json has it"):
+        case.load()
+
+
+def test_what_belongs_beside_the_weights_is_named(tmp_path):
+    case = lumina_checkpoint(tmp_path, swin=False)
+    for name, remedy in (
+        ("vqgan.ckpt", "no vqgan.ckpt; put the tokenizer"),
+        ("text_tokenizer.json", "or tokenizer/text"),
+    ):
+        (case.path / "tokenizer" / name).unlink()
+        with pytest.raises(CheckpointError, match=remedy):
+            case.load()

@@ -4,12 +4,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from sjd_engine.errors import CheckpointError
+from sjd_engine.models.weights import assign
 
+CODEBOOK = "quantize.embedding.weight"  # as all checkpoints with a codebook name it
 MAX_PIXELS = 1 << 20  # decoded together; a larger image is decoded alone
 
 
@@ -31,6 +34,14 @@ class Detokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """codes [N, rows, cols] -> images [N, 3, H, W] in the dtype of the weights, before clamping."""
+
+    def load(self, tensors: Mapping[str, Tensor], origin: Path, dtype: torch.dtype) -> Self:
+        """Take exactly these tensors as the weights, in memory of their own.
+
+        Raises: CheckpointError naming the missing, unknown or misshapen ones.
+        """
+        assign(self, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, origin)
+        return self
 
     @torch.inference_mode()
     def forward(self, codes: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Cosmos DV8x16x16 detokenizer of SimpleAR, for images.
 
 The model decodes video. For a single frame everything over time is linear: the causal convolutions see the one frame
-at all their taps, so the taps add up; attention over time looks at one position; and of the frames that the inverse
+at all their taps, so the taps add up; attention over time looks at that frame alone; and of the frames that the inverse
 Haar transform makes, the image is the last. `collapse` multiplies out what then stands side by side, and leaves a
 two-dimensional decoder of 3x3 convolutions that ends in a pixel shuffle.
 
@@ -30,11 +30,10 @@ from sjd_engine.models.detokenizers.base import Detokenizer, own_tensors, shape_
 from sjd_engine.models.detokenizers.conv import ConvConfig, ConvDecoder, attention_matrix, read_config
 from sjd_engine.models.detokenizers.fsq import codes_to_values
 from sjd_engine.models.torchscript import read_torchscript
-from sjd_engine.models.weights import assign
 
-LEVELS = (8, 8, 8, 5, 5, 5)
+FSQ_LEVELS = (8, 8, 8, 5, 5, 5)
 HAAR_PATCH = 4
-IGNORED = r"inv_quant\.|decoder\.unpatcher3d\.|.*\.attn_1\.1\.[qk]\.|.*\.attn\.\d+\.1\.[qk]\."
+IGNORED = r"inv_quant\.|decoder\.unpatcher3d\.|.*\.attn(_1|\.\d+)\.1\.[qk]\."
 CONV3D = "post_quant_conv.conv3d.weight"
 
 Map = tuple[Tensor, Tensor]  # weight [out, in, height, width] and bias [out] of a convolution
@@ -45,8 +44,8 @@ class CosmosDecoder(Detokenizer):
 
     def __init__(self, config: ConvConfig):
         super().__init__()
-        self.codebook_size, self.patch_size = prod(LEVELS), config.scale * HAAR_PATCH
-        self.post_quant_conv = nn.Conv2d(len(LEVELS), config.latent_channels, 1)
+        self.codebook_size, self.patch_size = prod(FSQ_LEVELS), config.scale * HAAR_PATCH
+        self.post_quant_conv = nn.Conv2d(len(FSQ_LEVELS), config.latent_channels, 1)
         self.decoder = ConvDecoder(config)
 
     @classmethod
@@ -65,11 +64,10 @@ class CosmosDecoder(Detokenizer):
         config = read_config(own, origin, norm_groups=1, temporal=True)
         with torch.device("meta"):
             decoder = cls(config)
-        assign(decoder, {name: tensor.to(dtype, copy=True) for name, tensor in own.items()}, origin)
-        return decoder
+        return decoder.load(own, origin, dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        values = codes_to_values(codes, LEVELS).permute(0, 3, 1, 2).to(self.post_quant_conv.weight.dtype)
+        values = codes_to_values(codes, FSQ_LEVELS).permute(0, 3, 1, 2).to(self.post_quant_conv.weight.dtype)
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(values)), HAAR_PATCH)
 
 
@@ -91,7 +89,7 @@ def collapse(tensors: Mapping[str, Tensor], origin: Path) -> dict[str, Tensor]:
     """The tensors of `CosmosDecoder` from those of the video decoder, multiplied out in float64.
 
     Ignored: the quantiser's and the Haar transform's constants; queries and keys of attention over time, which is
-    attention of one position to itself; the temporal convolution of the coarsest upsampling, which doubles space alone.
+    attention of one frame to itself; the temporal convolution of the coarsest upsampling, which doubles space alone.
     Raises: CheckpointError.
     """
     left = own_tensors(tensors, CONV3D, IGNORED, origin)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sjd_engine.errors import CheckpointError
-from sjd_engine.models.detokenizers.base import Detokenizer, own_tensors, renamed, shape_of
+from sjd_engine.models.detokenizers.base import CODEBOOK, Detokenizer, own_tensors, renamed, shape_of
 from sjd_engine.models.detokenizers.conv import (
     ConvConfig,
     ConvDecoder,
@@ -29,9 +29,7 @@ from sjd_engine.models.detokenizers.conv import (
     check_config,
     read_config,
 )
-from sjd_engine.models.weights import assign
 
-CODEBOOK = "quantize.embedding.weight"
 IGNORED = r"encoder\.|quant_conv\.|.*\.num_batches_tracked$"
 BATCH_NORM_EPS = 1e-5
 RENAMES = (
@@ -109,8 +107,7 @@ class MoVQDecoder(Detokenizer):
         check_config(config or {}, codebook, sizes, origin)
         with torch.device("meta"):
             decoder = cls(MoVQConfig(codebook[0], count(own, "time_res_stack"), count(own, "time_conv"), sizes))
-        assign(decoder, {name: tensor.to(dtype, copy=True) for name, tensor in own.items()}, origin)
-        return decoder
+        return decoder.load(own, origin, dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         vectors = self.quantize["embedding"](codes).permute(0, 3, 1, 2)

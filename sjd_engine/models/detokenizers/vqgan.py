@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sjd_engine.models.detokenizers.base import Detokenizer, own_tensors, renamed, shape_of
+from sjd_engine.models.detokenizers.base import CODEBOOK, Detokenizer, own_tensors, renamed, shape_of
 from sjd_engine.models.detokenizers.conv import ConvConfig, ConvDecoder, attention_matrix, check_config, read_config
-from sjd_engine.models.weights import assign
 
-CODEBOOK = "quantize.embedding.weight"
 IGNORED = r"encoder\.|quant_conv\.|loss\.|quantize\.codebook_used$"
 MID = ("block_1", "attn_1", "block_2")
 LEVEL = r"^decoder\.(?:conv_blocks|up)\.(\d{1,2})\.(\w+)\."
@@ -73,8 +71,7 @@ class VQGANDecoder(Detokenizer):
             decoder = cls(VQGANConfig(codebook[0], codebook[1], sizes))
         if l2_norm:
             own[CODEBOOK] = F.normalize(own[CODEBOOK].float(), dim=-1)
-        assign(decoder, {name: tensor.to(dtype, copy=True) for name, tensor in own.items()}, origin)
-        return decoder
+        return decoder.load(own, origin, dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         vectors = self.quantize["embedding"](codes).permute(0, 3, 1, 2)
