@@ -3,6 +3,7 @@
     python bench/generate.py                      # 8 prompts, every method, several windows; a few minutes on a laptop
     python bench/generate.py --prompts 32 --windows 16 32 --methods sjd maximal
     python bench/generate.py --batch 1,2,4,8,16   # images a second and latency of continuous batching, and memory
+    python bench/generate.py --random simplear-0.5b,janus-1b   # passes at the shapes of real models: bench/forward.py
 
 Columns:
     NFE           forward passes for an image of 256 tokens, the prompt's included; a guided pair counts once
@@ -26,10 +27,12 @@ document.
 
 import argparse
 import json
+import runpy
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -367,6 +370,7 @@ def main() -> None:
     )
     parser.add_argument("--page-size", type=int, default=16, help="with --batch")
     parser.add_argument("--repeats", type=int, default=3, help="with --batch")
+    parser.add_argument("--random", type=lambda text: text.split(","), metavar="MODEL,...", help="see bench/forward.py")
     parser.add_argument("--transformers", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     unknown = set(args.methods) - set(METHODS)
@@ -374,6 +378,12 @@ def main() -> None:
         parser.error(f"methods: {', '.join(METHODS)}; prompts >= 1")
 
     console = Console(width=140)
+    if args.random:
+        forward = runpy.run_path(str(Path(__file__).with_name("forward.py")))
+        if unknown := set(args.random) - set(forward["SHAPES"]):
+            parser.error(f"random: expected some of {', '.join(forward['SHAPES'])}, got {', '.join(sorted(unknown))}")
+        print(json.dumps({"random": forward["run_shapes"](args.random, console)}))
+        return
     engine = Engine(args.model, device="cpu", dtype=getattr(torch, args.dtype) if args.dtype else None)
     dtype = engine.model.transformer.dtype
     if args.batch:

@@ -165,7 +165,7 @@ def tell_memory(name: str) -> None:
     typer.echo(f"kv cache      {kept:,.1f} MB an image: {sequences} x {schedule.num_tokens} tokens, beside the prompts")
     typer.echo(f"peak memory   {peak():,.0f} MB of this process, {before:,.0f} MB of them before it was loaded")
     if model.device.type == "cuda":
-        typer.echo(f"              {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB of the GPU")
+        typer.echo(f"gpu memory    {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB of the GPU")
 
 
 def check_writable(output: Path) -> None:

@@ -61,6 +61,13 @@ def test_doctor_names_versions_and_backend(tmp_path):
         assert word in done.stdout
 
 
+def test_doctor_tells_the_memory_of_a_model(tmp_path):
+    done = sjd("doctor", "--model", "emoji", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in ("weights       transformer", "MB an image: 2 x 256 tokens", "MB of this process"):
+        assert line in done.stdout
+
+
 def test_doctor_names_every_attention_with_what_it_asks_for(tmp_path):
     lines = sjd("doctor", cwd=tmp_path).stdout.splitlines()
     lines = {line.split()[0]: line for line in lines if line.startswith("  ")}
@@ -73,10 +80,3 @@ def test_an_attention_that_cannot_run_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("SJD_ATTENTION", "flashinfer")
     done = sjd("doctor", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("sjd: SJD_ATTENTION=flashinfer: ")) == (1, 1), done.stderr
-
-
-def test_doctor_tells_the_memory_of_a_model(tmp_path):
-    done = sjd("doctor", "--model", "emoji", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for line in ("weights       transformer", "MB an image: 2 x 256 tokens", "MB of this process"):
-        assert line in done.stdout

@@ -28,7 +28,7 @@ def tiny(switches: dict) -> Transformer:
         hidden_size=48,
         intermediate_size=64,
         num_heads=4,
-        head_dim=16,
+        unpadded_head_dim=16,
         max_positions=32,
         rope_theta=1e4,
         norm_eps=1e-5,
