@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine.models import checkpoint_folder
-from sjd_engine.models.block import Transformer
+from sjd_engine.models.block import BlockConfig, Transformer
 from sjd_engine.models.checkpoint import Checkpoint
 from sjd_engine.models.weights import load_qwen2
 
@@ -89,19 +89,42 @@ class TestQwen2:
         assert errors.max() <= 2 * theirs.max()
         assert errors.mean() <= 2 * theirs.mean()
 
-    def test_windows_with_rollback_equal_one_full_pass(self, qwen2):
-        """Ragged lengths, random chunks, rejected tokens that are overwritten."""
+    def test_a_full_cache_is_an_error(self, qwen2):
         model = load(qwen2, 0, 200)
-        generator = torch.Generator().manual_seed(2)
-        ids = torch.randint(0, 200, (3, 48), generator=generator)
+        with pytest.raises(ValueError, match="exceed the capacity of 4"):
+            model(model.embed(torch.zeros(1, 5, dtype=torch.int64)), model.new_cache(1, 4))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_windows_with_rollback_equal_one_full_pass(num_kv_heads, page_size):
+    """Ragged lengths, random chunks, rejected tokens that are overwritten, poison behind what is valid."""
+    config = BlockConfig(
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_heads=4,
+        num_kv_heads=num_kv_heads,
+        unpadded_head_dim=16,
+        max_positions=512,
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        qkv_bias=True,
+    )
+    model = Transformer(config, 200, 50)
+    randomise(model)
+    length = 300  # more than a page of every size
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, 200, (3, length), generator=generator)
         expected = full_logits(model, ids)
-        cache = model.new_cache(3, 48 + 16)
+        cache = model.new_cache(3, length + 64, page_size=page_size, poison=64)
         lengths = torch.zeros(3, dtype=torch.int64)
         got = torch.zeros_like(expected)
-        while (lengths < 48).any():
-            width = int(torch.randint(1, 9, (), generator=generator))
+        while (lengths < length).any():
+            width = int(torch.randint(1, 65, (), generator=generator))
             window = torch.randint(0, 200, (3, width), generator=generator)  # garbage past the kept tokens
-            kept = torch.randint(1, width + 1, (3,), generator=generator).minimum(48 - lengths)
+            kept = torch.randint(1, width + 1, (3,), generator=generator).minimum(length - lengths)
             for row in range(3):
                 window[row, : kept[row]] = ids[row, lengths[row] : lengths[row] + kept[row]]
             logits = model.logits(model(model.embed(window), cache))
@@ -109,9 +132,4 @@ class TestQwen2:
                 got[row, lengths[row] : lengths[row] + kept[row]] = logits[row, : kept[row]]
             lengths = lengths + kept
             cache.rollback(lengths)
-        assert (got - expected).abs().max() <= 2e-5
-
-    def test_a_full_cache_is_an_error(self, qwen2):
-        model = load(qwen2, 0, 200)
-        with pytest.raises(ValueError, match="exceed the capacity of 4"):
-            model(model.embed(torch.zeros(1, 5, dtype=torch.int64)), model.new_cache(1, 4))
+        assert (got - expected).abs().max() <= 1e-5
