@@ -44,7 +44,7 @@ def test_every_address_is_an_element_of_an_argument(names):
         ("canary-atomic", "atomic: 1 of 1 addresses are no element of an argument; the first lies 4 bytes from ticket"),
         ("short-num_committed", "load: 1 of 1 addresses are no element of an argument"),
         ("short-published", "from published_ptr"),
-        ("attention-wild-page", "from pages_ptr"),
+        ("attention-wild-page", "load: 384 of 384 addresses are no element of an argument"),
         ("short-ticket", "atomic: 1 of 1 addresses are no element of an argument"),
     ],
 )
