@@ -1,5 +1,6 @@
 """The key/value cache: pages that sequences share and give back. Rejected tokens are forgotten by moving a length."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -75,8 +76,7 @@ class PagedKVCache:
     def sibling(self, num_sequences: int, capacity: int) -> "PagedKVCache":
         """Rows for other sequences on the same pages, of at most `capacity` tokens each."""
         self._pool()
-        other = object.__new__(PagedKVCache)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.capacity = capacity
         other._new_tables(num_sequences)
         return other
@@ -90,8 +90,7 @@ class PagedKVCache:
             rows: a slice; or int64 indices, whose lengths are copies, not to be moved by `advance` and `rollback`.
             longest: an upper bound of their lengths, where the host knows one; None asks the device.
         """
-        part = object.__new__(PagedKVCache)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part.longest = longest
         part.context_lens, part.first_positions = self.context_lens[rows], self.first_positions[rows]
         part.block_table = self.block_table[rows]
