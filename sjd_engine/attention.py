@@ -193,36 +193,31 @@ def hide_pageless(out: Tensor, block_table: Tensor) -> Tensor:
     return out.masked_fill_((block_table[:, 0] < 0)[:, None, None, None], 0)
 
 
-def flash_attn_2(
-    queries: Tensor, pages: Tensor, block_table: Tensor, context_lens: Tensor, *, span: int, scale: float | None
+def flash_attn(
+    name: str,
+    table_argument: str,
+    queries: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    span: int,
+    scale: float | None,
 ) -> Tensor:
-    """Reads the longest length on the host to choose its splits."""
+    """`flash_attn_with_kvcache` of either library, whose names for the block table differ.
+
+    FlashAttention 2 reads the longest length on the host to choose its splits. In 3, Hopper's, pages that are no
+    multiple of its blocks of keys are copied without the tensor memory accelerator.
+    """
     keys, values = pages.unbind(1)
-    out = imported("flash_attn_2")(
+    out = imported(name)(
         queries,
         keys,
         values,
         cache_seqlens=context_lens + queries.shape[1],
-        block_table=whole_table(block_table, pages.shape[2], span),
         softmax_scale=scale,
         causal=True,
-    )
-    return hide_pageless(out, block_table)
-
-
-def flash_attn_3(
-    queries: Tensor, pages: Tensor, block_table: Tensor, context_lens: Tensor, *, span: int, scale: float | None
-) -> Tensor:
-    """Hopper's. Pages that are no multiple of its blocks of keys are copied without the tensor memory accelerator."""
-    keys, values = pages.unbind(1)
-    out = imported("flash_attn_3")(
-        queries,
-        keys,
-        values,
-        cache_seqlens=context_lens + queries.shape[1],
-        page_table=whole_table(block_table, pages.shape[2], span),
-        softmax_scale=scale,
-        causal=True,
+        **{table_argument: whole_table(block_table, pages.shape[2], span)},
     )
     return hide_pageless(out, block_table)
 
@@ -296,7 +291,7 @@ ATTENTIONS = {
         head_dims=range(1, launch.MAX_HEAD_DIM + 1),
     ),
     "flash_attn_2": Attention(
-        flash_attn_2,
+        functools.partial(flash_attn, "flash_attn_2", "block_table"),
         device="cuda",
         library="flash_attn:flash_attn_with_kvcache",
         install="pip install flash-attn",
@@ -307,7 +302,7 @@ ATTENTIONS = {
         trees=False,
     ),
     "flash_attn_3": Attention(
-        flash_attn_3,
+        functools.partial(flash_attn, "flash_attn_3", "page_table"),
         device="cuda",
         library="flash_attn_interface:flash_attn_with_kvcache",
         install="pip install flash-attention/hopper",

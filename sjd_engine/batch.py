@@ -84,10 +84,6 @@ class Batch:
         """Those with an image."""
         return [row for row, contexts in enumerate(self._contexts) if contexts]
 
-    @property
-    def full(self) -> bool:
-        return all(self._contexts)
-
     def begin(self, request: Request, index: int) -> int:
         """Begin image `index` of `request` in a vacant row, and compute its prompt where it is not there yet. All pages
         that the image will ever need are reserved.
@@ -96,13 +92,12 @@ class Batch:
         Raises: PagesExhausted where too few pages are free; nothing has changed then.
         """
         row = next(row for row, contexts in enumerate(self._contexts) if not contexts)
-        prompt = request.prompts[index]
-        contexts = [prompt.conditional, prompt.unconditional][: self._copies]
-        self.decoder.begin(row, request.seeds[index], request.params, request.reuse_threshold)
+        contexts = request.prompts[index].contexts(guided=self.decoder.guided)
         try:
             for context in contexts:
                 self._admit(row * self._copies + len(self._contexts[row]), context)
                 self._contexts[row].append(context)
+            self.decoder.begin(row, request.seeds[index], request.params, request.reuse_threshold)
         except BaseException:
             self.end(row)
             raise

@@ -116,9 +116,10 @@ class Progress:
             return num_committed.tolist()  # sync: the caller waits
         if self._arrived is not None:
             self._arrived.synchronize()  # sync: passes that were queued one poll ago
+        counts = self._counts.tolist()  # sync: on the host already
         known = [
             count if asked == now else 0
-            for count, asked, now in zip(self._counts.tolist(), self._asked, self._generations, strict=True)
+            for count, asked, now in zip(counts, self._asked, self._generations, strict=True)
         ]
         self._counts.copy_(num_committed, non_blocking=True)
         self._asked = list(self._generations)

@@ -125,7 +125,7 @@ class Scheduler:
         """Queue the images of `job`. Raises: ValueError where one of them could never begin; none is queued then."""
         request, pool = job.request, self.prompts.kv_cache
         for prompt in request.prompts:
-            contexts = [prompt.conditional, prompt.unconditional][: 2 if request.params.guidance_scale > 1 else 1]
+            contexts = prompt.contexts(guided=request.params.guidance_scale > 1)
             ends = [context.first_position + len(context) + request.schedule.num_tokens - 1 for context in contexts]
             if max(ends) > pool.capacity:
                 raise ValueError(

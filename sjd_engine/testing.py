@@ -203,7 +203,7 @@ def score_tokens(model: ImageModel, prompt: Prompt, codes: Tensor, params: Sampl
     Source: the surprisal martingale; sum(-log p(x) - H) has mean 0 and variance sum(variances) where the codes were
         drawn from the law itself.
     """
-    contexts = [prompt.conditional] + ([prompt.unconditional] if params.guidance_scale > 1 else [])
+    contexts = prompt.contexts(guided=params.guidance_scale > 1)
     logits = [teacher_forced_logits(model, context, codes) for context in contexts]
     arguments = params.warp_arguments(len(codes), model.num_codes, codes.device)
     z = warp(torch.stack(logits) if len(logits) > 1 else logits[0], **arguments)[0]

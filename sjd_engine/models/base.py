@@ -48,6 +48,10 @@ class Prompt:
     conditional: Context
     unconditional: Context
 
+    def contexts(self, *, guided: bool) -> list[Context]:
+        """Those that an image reads."""
+        return [self.conditional, self.unconditional] if guided else [self.conditional]
+
 
 @dataclass(frozen=True)
 class Defaults:
