@@ -119,6 +119,7 @@ class PagedKVCache:
         Args:
             queries: [S, N, H, D].
             span: tokens the longest sequence holds, these N among them, or more.
+            window_bias: [N, N] or [S, N, N] float32, what stands in place of the causal rule; None for that rule.
         Returns: [S, N, H, D], contiguous.
         """
         return self._ops.window_attention(

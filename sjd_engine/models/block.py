@@ -3,8 +3,8 @@
     pre   x + attn(norm1(x)),  then  h + mlp(norm2(h))
     swin  x + norm1(attn(x)),  then  h + norm2(mlp(h))
 
-Queries, keys and values are one product, gate and up another. Attention is bottom-right causal: the N tokens of a pass
-stand at the end of their sequence and see everything before themselves.
+Queries, keys and values are one product, gate and up another. Attention is bottom-right causal, or of a tree: the N
+tokens of a pass stand at the end of their sequence and see everything before themselves, or their ancestors alone.
 """
 
 from dataclasses import dataclass
@@ -68,13 +68,14 @@ class BlockConfig:
 class Pass:
     """What every layer of one forward pass shares.
 
-    span: tokens the longest sequence may hold after it. cos, sin: [S, N, 1, D].
+    span: tokens the longest sequence may hold after it. cos, sin: [S, N, 1, D]. window_bias: see `Transformer.forward`.
     """
 
     kv_cache: PagedKVCache
     span: int
     cos: Tensor
     sin: Tensor
+    window_bias: Tensor | None
 
 
 class Block(nn.Module):
@@ -120,7 +121,7 @@ class Block(nn.Module):
         if config.head_dim != config.unpadded_head_dim:  # attention divides by the root of the padded size
             queries = queries * (config.head_dim / config.unpadded_head_dim) ** 0.5
         run.kv_cache.append(self.layer, keys, values)
-        out = run.kv_cache.attend(self.layer, queries, run.span)
+        out = run.kv_cache.attend(self.layer, queries, run.span, run.window_bias)
         return linear(out.flatten(2), self.wo)
 
     def _normalise_heads(self, qk: Tensor) -> Tensor:
@@ -206,18 +207,25 @@ class Transformer(nn.Module):
         return F.embedding(ids, self.embedding)
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, kv_cache: PagedKVCache) -> Tensor:
-        """One causal pass: append the tokens of every sequence to the cache and return their hidden states.
+    def forward(
+        self, x: Tensor, kv_cache: PagedKVCache, *, offsets: Tensor | None = None, window_bias: Tensor | None = None
+    ) -> Tensor:
+        """One pass: append the tokens of every sequence to the cache and return their hidden states.
 
         Args:
             x: [S, N, hidden] embeddings.
             kv_cache: written behind each sequence's length; the lengths do not move. Slots past a sequence's pages are
                 not written, and what comes out for them has no meaning.
+            offsets: [N] int64, the position of each token relative to the first one's; None for 0..N-1. The slot of the
+                cache that a token is written to does not depend on it.
+            window_bias: [N, N] or [S, N, N] float32, see `PagedKVCache.attend`; None for the causal rule.
         Returns: [S, N, hidden], before the final norm.
         """
         positions, span = kv_cache.positions(x.shape[1])
+        if offsets is not None:
+            positions = positions[:, :1] + offsets
         table_rows = positions.clamp_max(len(self.cos) - 1)  # only slots past the image's end are clamped
-        run = Pass(kv_cache, span, self.cos[table_rows][:, :, None], self.sin[table_rows][:, :, None])
+        run = Pass(kv_cache, span, self.cos[table_rows][:, :, None], self.sin[table_rows][:, :, None], window_bias)
         for block in self.blocks:
             x = block(x, run)
         return x

@@ -133,3 +133,27 @@ def test_windows_with_rollback_equal_one_full_pass(num_kv_heads, page_size):
             lengths = lengths + kept
             cache.rollback(lengths)
         assert (got - expected).abs().max() <= 1e-5
+
+
+def test_a_tree_of_tokens_in_one_pass_equals_its_paths(qwen2):
+    """Slots in any order, as long as each has its own offset and sees its ancestors alone."""
+    model = load(qwen2, 0, 200)
+    ids = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(2))
+    paths = [[0, 1, 2], [0, 3, 4], [0, 3, 5]]  # of a window of six tokens behind the context
+    offsets = torch.tensor([0, 1, 2, 1, 2, 2])
+    bias = torch.full((6, 6), float("-inf"))
+    for path in paths:
+        for depth, slot in enumerate(path):
+            bias[slot, path[: depth + 1]] = 0
+    cache = model.new_cache(2, 12, page_size=4, poison=12)
+    model(model.embed(ids[:, :6]), cache)
+    cache.rollback(torch.tensor([6, 6]))
+    window = model.embed(ids[:, 6:])
+    tree = model.logits(model(window, cache, offsets=offsets, window_bias=bias))
+    for path in paths:
+        expected = full_logits(model, torch.cat((ids[:, :6], ids[:, 6:][:, path]), 1))[:, 6:]
+        assert (tree[:, path] - expected).abs().max() <= 1e-5
+    by_default = model.logits(model(window, cache))
+    spelt_out = model(window, cache, offsets=torch.arange(6), window_bias=torch.full((6, 6), float("-inf")).triu(1))
+    assert (by_default - model.logits(spelt_out)).abs().max() <= 1e-5
+    assert (by_default - tree).abs().max() > 0.1
