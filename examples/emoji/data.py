@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-IMAGE_SIZE = 64
+GLYPH_SIZE = 64  # pixels of a side, as the packages have them
+CANVAS = 64  # pixels of a side of a picture
 PACKAGES = {  # npm package -> sha256 of its tarball
     "emoji-datasource-google@16.0.0": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "emoji-datasource-twitter@16.0.0": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
@@ -181,7 +182,7 @@ def load_iconify(tarball: Path) -> tuple[dict[str, str], list[tuple[Glyph, np.nd
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {icons["width"]} {icons["height"]}">'
             f"{icons['icons'][slug]['body']}</svg>"
         )
-        png = bytes(svg_to_bytes(svg_string=svg, width=IMAGE_SIZE, height=IMAGE_SIZE))
+        png = bytes(svg_to_bytes(svg_string=svg, width=GLYPH_SIZE, height=GLYPH_SIZE))
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
         glyphs.append((Glyph("fluent", concept, name, name, category.get(slug, ""), tone), pixels))
     return names, glyphs
@@ -203,7 +204,7 @@ def load_datasource(tarball: Path, style: str, names: dict[str, str]) -> list[tu
                     continue
                 concept = code_points(variant["unified"])
                 pixels = Image.open(io.BytesIO(tar.extractfile(files[variant["image"]]).read())).convert("RGBA")
-                pixels = np.asarray(pixels.resize((IMAGE_SIZE, IMAGE_SIZE)))
+                pixels = np.asarray(pixels.resize((GLYPH_SIZE, GLYPH_SIZE)))
                 glyphs.append((Glyph(style, concept, name, alias, group, skin_tone_of(concept)), pixels))
     return glyphs
 
@@ -224,16 +225,24 @@ def load_glyphs(cache: Path) -> tuple[list[Glyph], np.ndarray]:
     return [Glyph(**row) for row in json.loads(index.read_text())], np.load(archive)["rgba"]
 
 
+def training_folder(cache: Path, canvas: int) -> Path:
+    """Where the codes and the transformer of a canvas are kept: the cache for 64 pixels, a folder in it for others."""
+    return cache if canvas == CANVAS else cache / str(canvas)
+
+
 # ------------------------------------------------------------------------------------------------------- compositing
 
 
 class Compositor:
-    """Draws glyphs on random backgrounds and writes the caption that names both."""
+    """Draws glyphs on random backgrounds and writes the caption that names both.
 
-    def __init__(self, glyphs: list[Glyph], rgba: np.ndarray):
+    A larger canvas shows more of a texture, as fine as on a small one, and a larger glyph.
+    """
+
+    def __init__(self, glyphs: list[Glyph], rgba: np.ndarray, canvas: int = CANVAS):
         import skimage.data
 
-        self.glyphs, self.rgba = glyphs, rgba
+        self.glyphs, self.rgba, self.canvas = glyphs, rgba, canvas
         self.textures = {}
         for word, (name, tint) in TEXTURES.items():
             photo = getattr(skimage.data, name)()
@@ -246,8 +255,8 @@ class Compositor:
             self.textures[word] = Image.fromarray(np.ascontiguousarray(photo[..., :3]))
 
     def background(self, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-        """(words, [64, 64, 3] float32): 30 % plain colours, 15 % gradients, 55 % photographic textures."""
-        kind, size = rng.random(), IMAGE_SIZE
+        """(words, [canvas, canvas, 3] float32): 30 % plain colours, 15 % gradients, 55 % photographic textures."""
+        kind, size = rng.random(), self.canvas
         if kind < 0.45:
             words = list(COLORS)[rng.integers(len(COLORS))]
             color = np.asarray(COLORS[words], np.float32)
@@ -260,7 +269,7 @@ class Compositor:
             return f"{words} gradient", (color + ramp[..., None] * (target - color)).astype(np.float32)
         words = list(TEXTURES)[rng.integers(len(TEXTURES))]
         photo = self.textures[words]
-        crop = int(rng.uniform(64, min(200, photo.width, photo.height)))
+        crop = int(rng.uniform(size, min(200 * size // 64, photo.width, photo.height)))
         left, top = rng.integers(photo.width - crop + 1), rng.integers(photo.height - crop + 1)
         patch = photo.crop((left, top, left + crop, top + crop)).resize((size, size), Image.Resampling.BOX)
         if rng.random() < 0.5:
@@ -268,10 +277,10 @@ class Compositor:
         return words, np.asarray(patch, np.float32) * rng.uniform(0.88, 1.12, 3).astype(np.float32)
 
     def compose(self, index: int, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-        """(background words, [64, 64, 3] uint8 picture) of glyph `index`."""
+        """(background words, [canvas, canvas, 3] uint8 picture) of glyph `index`."""
         words, picture = self.background(rng)
-        side = int(rng.integers(54, IMAGE_SIZE + 1))
-        left, top = rng.integers(IMAGE_SIZE - side + 1, size=2)
+        side = int(rng.integers(self.canvas * 54 // 64, self.canvas + 1))
+        left, top = rng.integers(self.canvas - side + 1, size=2)
         glyph = Image.fromarray(self.rgba[index]).resize((side, side), Image.Resampling.LANCZOS)
         layer = np.asarray(glyph, np.float32)
         alpha = layer[..., 3:] / 255.0

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import COLORS, TEXTURES, Compositor, Glyph, held_out_concept, held_out_pair, load_glyphs, sampling_weight
+from data import (
+    CANVAS,
+    COLORS,
+    TEXTURES,
+    Compositor,
+    Glyph,
+    held_out_concept,
+    held_out_pair,
+    load_glyphs,
+    sampling_weight,
+    training_folder,
+)
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -56,7 +67,7 @@ def encode_pictures(
     keep_pairs: bool,
     label: str,
 ) -> dict[str, np.ndarray]:
-    """`count` composites as codes [count, 256] int16, with the glyph and the background of each.
+    """`count` composites as codes [count, tokens] int16, with the glyph and the background of each.
 
     `keep_pairs`: False drops the held-out pairs, as training must.
     """
@@ -106,25 +117,28 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"))
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--held-out", type=int, default=1024)
+    parser.add_argument("--canvas", type=int, default=CANVAS, help="pixels of a side: 64, 128")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizers-from", type=Path, help="exported folder whose tokenizers to use, not new ones")
     args = parser.parse_args()
 
     glyphs, rgba = load_glyphs(args.cache)
-    compositor = Compositor(glyphs, rgba)
+    compositor = Compositor(glyphs, rgba, args.canvas)
+    folder = training_folder(args.cache, args.canvas)
+    folder.mkdir(exist_ok=True)
     encoder = load_encoder(args.tokenizers_from or args.cache)
     seen, unseen = weights_of(glyphs, held_out=False), weights_of(glyphs, held_out=True)
     if args.tokenizers_from:
-        shutil.copyfile(args.tokenizers_from / "tokenizer.json", args.cache / "text_tokenizer.json")
+        shutil.copyfile(args.tokenizers_from / "tokenizer.json", folder / "text_tokenizer.json")
     else:
-        train_text_tokenizer(compositor, seen, args.seed).save(str(args.cache / "text_tokenizer.json"))
+        train_text_tokenizer(compositor, seen, args.seed).save(str(folder / "text_tokenizer.json"))
     for name, weights, count, keep_pairs, seed in (
         ("held_out", unseen, args.held_out, True, args.seed),  # concepts that training never shows
         ("fresh", seen, args.held_out, False, args.seed + 1),  # pictures that it never shows, of concepts that it does
         ("train", seen, args.pictures, False, args.seed),
     ):
         rows = encode_pictures(encoder, compositor, weights, count, seed, keep_pairs, name)
-        np.savez(args.cache / f"{name}.npz", **rows)
+        np.savez(folder / f"{name}.npz", **rows)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ class BlockConfig:
     qk_norm: LayerNorm of queries and keys over the head dimension, affine per (head, dim), before RoPE (Chameleon).
     qkv_bias: biases on queries, keys and values (Qwen2).
     num_kv_heads: fewer than num_heads is grouped-query attention.
+    rope_factor: what positions are divided by, see `rope.rope_table`.
     unpadded_head_dim: of the checkpoint; heads are stored and cached with `head_dim`.
 
-    Raises: ValueError for qk_norm over padded heads.
+    Raises: ValueError for qk_norm over padded heads, and a rope_factor that is not positive.
     """
 
     num_layers: int
@@ -45,10 +46,13 @@ class BlockConfig:
     norm_style: str = "pre"
     qk_norm: bool = False
     qkv_bias: bool = False
+    rope_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.qk_norm and self.head_dim != self.unpadded_head_dim:
             raise ValueError(f"BlockConfig: qk_norm needs heads of a power of 2, got {self.unpadded_head_dim}")
+        if not self.rope_factor > 0:
+            raise ValueError(f"BlockConfig: rope_factor must be > 0, got {self.rope_factor}")
 
     @property
     def head_dim(self) -> int:
@@ -162,7 +166,7 @@ class Transformer(nn.Module):
             self.head_in_bias = nn.Parameter(torch.empty(head_hidden, dtype=torch.float32))
         if rope is None:
             with torch.device("cpu"):  # real even where the parameters are laid out on the meta device
-                rope = rope_table(config.max_positions, config.unpadded_head_dim, config.rope_theta)
+                rope = rope_table(config.max_positions, config.unpadded_head_dim, config.rope_theta, config.rope_factor)
         padding = (config.head_dim - config.unpadded_head_dim) // 2
         cos, sin = (F.pad(t.unflatten(1, (2, -1)), (0, padding)).flatten(1) for t in rope)
         self.cos: Tensor

@@ -4,14 +4,17 @@ import torch
 from torch import Tensor
 
 
-def rope_table(num_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(num_positions: int, head_dim: int, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """1-D rotary table in the rotate-half layout.
 
+    Args:
+        factor: positions are divided by it; a model trained so reads sequences longer by it ("linear" RoPE scaling).
     Returns: (cos, sin), both [num_positions, head_dim] float32. The first half of `sin` is negated, so that
         rotating x is x * cos + roll(x, head_dim / 2) * sin.
-    Source: Su et al., "RoFormer" (arXiv 2104.09864), equation 34.
+    Source: Su et al., "RoFormer" (arXiv 2104.09864), equation 34; Chen et al., "Extending context window of large
+        language models via positional interpolation" (arXiv 2306.15595).
     """
-    return table(torch.arange(num_positions)[:, None] * frequencies(head_dim, theta))
+    return table(torch.arange(num_positions)[:, None] * (frequencies(head_dim, theta) / factor))
 
 
 def grid_rope_table(num_unrotated: int, side: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

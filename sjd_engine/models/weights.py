@@ -183,8 +183,10 @@ def block_config(
     """
     rope, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     kinds = {settings.get("rope_type", settings.get("type", "default")) for settings in (rope, scaling)}
-    if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window") or kinds != {"default"}:
-        raise CheckpointError(f"{origin}: expected hidden_act silu, plain RoPE and no sliding window in config.json")
+    if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window") or kinds - {"default", "linear"}:
+        raise CheckpointError(
+            f"{origin}: expected hidden_act silu, plain or linearly scaled RoPE and no sliding window in config.json"
+        )
     try:
         num_heads = config["num_attention_heads"]
         sizes = {
@@ -212,6 +214,7 @@ def block_config(
             norm_style="swin" if config.get("swin_norm") else "pre",
             qk_norm=qk_norm,
             qkv_bias=qkv_bias,
+            rope_factor=float({**scaling, **rope}["factor"]) if "linear" in kinds else 1.0,
         )
     except KeyError as error:
         raise CheckpointError(f"{origin}: config.json lacks {error}") from None

@@ -66,6 +66,23 @@ def test_captions_name_what_the_picture_shows(script):
     assert all("apple" in caption for caption in captions)
 
 
+def test_a_larger_canvas_shows_a_larger_glyph(script):
+    """It covers the same share of the picture."""
+    data = script("data")
+    glyph = data.Glyph("noto", "1f534", "red circle", "red circle", "", "")
+    disc = np.zeros((1, 64, 64, 4), np.uint8)
+    disc[0, 16:48, 16:48] = (255, 0, 0, 255)
+    shares = []
+    for canvas in (64, 128):
+        compositor = data.Compositor([glyph], disc, canvas)
+        words, picture = compositor.compose(0, np.random.default_rng(1))
+        assert picture.shape == (canvas, canvas, 3)
+        assert words in script("prepare").BACKGROUNDS
+        shares.append((picture[..., 0] > 180).mean() - (picture[..., 1] > 180).mean())
+    assert shares[0] == pytest.approx(shares[1], abs=0.03)
+    assert shares[0] > 0.1
+
+
 @pytest.mark.parametrize("name", ["purple heart", "green square"])
 def test_the_shown_compositions_are_held_out(script, name):
     data = script("data")

@@ -20,8 +20,8 @@ def randomise(model: torch.nn.Module) -> None:
         parameter.data = 1 + 0.2 * noise if "norm" in name and "bias" not in name else 0.1 * noise
 
 
-@pytest.fixture(scope="module")
-def qwen2(tmp_path_factory):
+@pytest.fixture(scope="module", params=[{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.5}], ids=str)
+def qwen2(request, tmp_path_factory):
     """A tiny random Qwen2 checkpoint with grouped queries, biases and an untied head."""
     config = transformers.Qwen2Config(
         vocab_size=200,
@@ -31,7 +31,7 @@ def qwen2(tmp_path_factory):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        rope_theta=1e4,
+        rope_parameters={"rope_theta": 1e4, **request.param},
         tie_word_embeddings=False,
     )
     model = transformers.Qwen2ForCausalLM(config)

@@ -239,7 +239,9 @@ def test_weights_of_another_dtype(folder, dtype):
         ({"hidden_size": "64"}, r"expected hidden_size in 1\.\.\d+ in config\.json, got '64'"),
         ({"vocab_size": 10}, r"embedding: expected \[10, "),
         ({"hidden_act": "gelu"}, "expected hidden_act silu"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "plain RoPE"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "linearly scaled RoPE"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_factor must be > 0"),
     ],
     ids=str,
 )
