@@ -178,41 +178,87 @@ def smollm2() -> Path | None:
 class Scores:
     """Image tokens under one-token-a-pass sampling, each [N, T] float64, in nats.
 
-    log_probs: of the token. entropies, variances: of its law, and of -log p under it.
+    log_probs: of the token; -inf where it cannot happen. entropies, variances: of its law, and of -log p under it.
+    above: mass of the tokens that are more likely, of equals those with a lower id.
     """
 
     log_probs: Tensor
     entropies: Tensor
     variances: Tensor
+    above: Tensor
 
 
-def teacher_forced_logits(model: ImageModel, context: Context, codes: Tensor) -> Tensor:
-    """[N, T, V] float32: one causal pass over `codes` [N, T] of images that all follow `context`."""
-    prefix = model.context_embeddings(context)
-    anchors = prefix[-1].expand(len(codes), -1)
-    x = torch.cat((prefix.expand(len(codes), -1, -1), model.window_embeddings(codes[:, :-1], anchors)), 1)
-    kv_cache = model.transformer.new_cache(len(codes), x.shape[1])
-    kv_cache.first_positions += context.first_position
-    hidden = model.transformer(x, kv_cache)
-    return model.transformer.logits(hidden[:, len(context) - 1 :])
-
-
-def score_tokens(model: ImageModel, prompt: Prompt, codes: Tensor, params: SamplingParams) -> Scores:
-    """Teacher forcing of `codes` [N, T], images of one prompt, under the warping of `params`.
-
-    Source: the surprisal martingale; sum(-log p(x) - H) has mean 0 and variance sum(variances) where the codes were
-        drawn from the law itself.
-    """
-    contexts = prompt.contexts(guided=params.guidance_scale > 1)
-    logits = [teacher_forced_logits(model, context, codes) for context in contexts]
-    arguments = params.warp_arguments(len(codes), model.num_codes, codes.device)
-    z = warp(torch.stack(logits) if len(logits) > 1 else logits[0], **arguments)[0]
+def score_laws(z: Tensor, tokens: Tensor) -> Scores:
+    """Scores of tokens [N, T] under the laws softmax(z), z [N, T, V] with -inf outside the support."""
     log_probs = z.double().log_softmax(-1)
     surprisals = torch.where(log_probs.isfinite(), -log_probs, 0)
     probs = log_probs.exp()
     entropies = (probs * surprisals).sum(-1)
     variances = (probs * surprisals**2).sum(-1) - entropies**2
-    return Scores(log_probs.gather(-1, codes[..., None]).squeeze(-1), entropies, variances)
+    chosen = log_probs.gather(-1, tokens[..., None])
+    first = (log_probs == chosen) & (torch.arange(z.shape[-1], device=z.device) < tokens[..., None])
+    above = torch.where((log_probs > chosen) | first, probs, 0).sum(-1)
+    return Scores(chosen.squeeze(-1), entropies, variances, above)
+
+
+SCORED_LOGITS = 1 << 24  # held at once
+
+
+def teacher_forced(model: ImageModel, context: Context, codes: Tensor, tokens_a_pass: int | None = None) -> Tensor:
+    """[N, T, hidden]: what predicts each of `codes` [N, T], token ids as a decoder's window holds them, of images that
+    all follow `context`. In one causal pass, or in passes of so many tokens."""
+    prefix = model.context_embeddings(context)
+    anchors = prefix[-1].expand(len(codes), -1)
+    x = torch.cat((prefix.expand(len(codes), -1, -1), model.window_embeddings(codes[:, :-1], anchors)), 1)
+    kv_cache = model.transformer.new_cache(len(codes), x.shape[1])
+    kv_cache.first_positions += context.first_position
+    first = len(context) - 1  # the anchor's slot
+    parts = [x] if tokens_a_pass is None else [x[:, :first], *x[:, first:].split(tokens_a_pass, 1)]
+    hidden = []
+    for part in parts:
+        if part.shape[1]:
+            hidden.append(model.transformer(part, kv_cache))
+            kv_cache.rollback(kv_cache.context_lens + part.shape[1])
+    return torch.cat(hidden, 1)[:, first:]
+
+
+def teacher_forced_logits(
+    model: ImageModel, context: Context, codes: Tensor, tokens_a_pass: int | None = None
+) -> Tensor:
+    """[N, T, V] float32: the logits that `teacher_forced` gives."""
+    return model.transformer.logits(teacher_forced(model, context, codes, tokens_a_pass))
+
+
+def with_forced(codes: Tensor, schedule: Schedule) -> Tensor:
+    """Image codes [N, rows * cols] -> token ids [N, T] with the forced tokens between them."""
+    ids = codes.new_empty(len(codes), schedule.num_tokens)
+    for position, token in schedule.forced.items():
+        ids[:, position] = token
+    ids[:, schedule.image_positions] = codes
+    return ids
+
+
+def score_tokens(
+    model: ImageModel, prompt: Prompt, codes: Tensor, params: SamplingParams, schedule: Schedule | None = None
+) -> Scores:
+    """Teacher forcing of `codes` [N, T], image codes of one prompt, under the warping of `params`.
+
+    Args:
+        schedule: forced tokens between the codes; None where there are none.
+    Source: the surprisal martingale; sum(-log p(x) - H) has mean 0 and variance sum(variances) where the codes were
+        drawn from the law itself.
+    """
+    schedule = Schedule.line(codes.shape[1]) if schedule is None else schedule
+    ids, positions = with_forced(codes, schedule), schedule.image_positions
+    contexts = prompt.contexts(guided=params.guidance_scale > 1)
+    hidden = torch.stack([teacher_forced(model, context, ids)[:, positions] for context in contexts])
+    arguments = params.warp_arguments(len(codes), model.num_codes, codes.device)
+    at_once = max(1, SCORED_LOGITS // (len(codes) * model.num_codes))
+    parts = []
+    for part, tokens in zip(hidden.split(at_once, 2), codes.split(at_once, 1), strict=True):
+        logits = model.transformer.logits(part)
+        parts.append(score_laws(warp(logits if len(contexts) > 1 else logits[0], **arguments)[0], tokens))
+    return Scores(*(torch.cat(columns, 1) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -221,7 +267,6 @@ class VerifyCase:
 
     Logits belong to positions: those of pass n are `spread` times fixed noise plus `drift` times noise of the pass.
     bad: share of logits that are NaN or infinite, and of rows that have no finite logit. ties: logits are rounded.
-    windows: of passes that take turns with them, at most window_size; none: all have that one.
     """
 
     method: str
@@ -239,17 +284,10 @@ class VerifyCase:
     strided: bool = False
     reuse_threshold: float = 0.5
     first_seed: int = 0
-    windows: tuple[int, ...] = ()
-
-    def window(self, iteration: int) -> int:
-        """That of a pass."""
-        if get_method(self.method).one_token:
-            return 1
-        return self.windows[iteration % len(self.windows)] if self.windows else self.window_size
 
     def logits(self, iteration: int, num_committed: Tensor) -> Tensor:
         """[B, W, V], or [2, B, W, V] with guidance, for windows that begin at `num_committed`."""
-        window = self.window(iteration)
+        window = 1 if get_method(self.method).one_token else self.window_size
         rows = torch.stack([self.sequence_logits(b, iteration) for b in range(self.batch_size)], -3)
         slots = num_committed[:, None] + torch.arange(window)
         index = slots[..., None].expand(*rows.shape[:-2], window, self.vocab_size)
@@ -278,11 +316,11 @@ class VerifyCase:
     ) -> list[dict[str, Tensor]]:
         """What `verify` decides and leaves behind on `device`, pass after pass, as tensors on the CPU."""
         method, grid = get_method(self.method), self.schedule.grid(device)
-        max_window = 1 if method.one_token else self.window_size
-        state = WindowState.new(self.batch_size, self.schedule.num_tokens, max_window, device)
+        window = 1 if method.one_token else self.window_size
+        state = WindowState.new(self.batch_size, self.schedule.num_tokens, window, device)
         seeds = torch.arange(self.first_seed, self.first_seed + self.batch_size) * 0x9E3779B97F4A7C15 % (1 << 62)
         seeds = seeds.to(device)
-        start(state, grid, window_size=max_window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
+        start(state, grid, window_size=window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
         warping = self.params.warp_arguments(self.batch_size, self.vocab_size, torch.device(device))
         passes = []
         for iteration in range(num_passes):
@@ -291,8 +329,7 @@ class VerifyCase:
                 self.logits(iteration, first).to(device),
                 state,
                 grid,
-                window_size=self.window(iteration),
-                next_window_size=self.window(iteration + 1),
+                window_size=window,
                 accept=method.accept,
                 refresh=method.refresh,
                 init=self.init,
@@ -302,19 +339,19 @@ class VerifyCase:
             )
             on_host = WindowState(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()})
             result = VerifyResult(result.num_accepted.cpu(), result.num_committed.cpu())
-            passes.append(self.decisions(on_host, result, first, iteration))
+            passes.append(self.decisions(on_host, result, first, window))
         return passes
 
-    def decisions(self, state: WindowState, result: VerifyResult, first: Tensor, iteration: int) -> dict[str, Tensor]:
+    def decisions(self, state: WindowState, result: VerifyResult, first: Tensor, window: int) -> dict[str, Tensor]:
         """Everything that later passes read; scratch is zeroed."""
-        num_tokens, window, next_window = self.schedule.num_tokens, self.window(iteration), self.window(iteration + 1)
-        positions, columns = torch.arange(num_tokens), torch.arange(state.max_window_size)
-        defined = positions < state.num_committed[:, None] + next_window - 1  # committed tokens and drafts
-        drafts = state.num_committed[:, None] + columns
-        has_draft = (drafts < num_tokens) & (columns < next_window - 1)
-        rows = first[:, None] + columns
-        forced = torch.tensor([t in self.schedule.forced for t in range(num_tokens + len(columns))])
-        has_law = (rows < num_tokens) & (columns < window) & ~forced[rows]
+        num_tokens = self.schedule.num_tokens
+        positions = torch.arange(num_tokens)
+        defined = positions < state.num_committed[:, None] + window - 1  # committed tokens and drafts
+        drafts = state.num_committed[:, None] + torch.arange(window)
+        has_draft = (drafts < num_tokens) & (torch.arange(window) < window - 1)
+        rows = first[:, None] + torch.arange(window)
+        forced = torch.tensor([t in self.schedule.forced for t in range(num_tokens + window)])
+        has_law = (rows < num_tokens) & ~forced[rows]
         laws = state.laws[(state.iteration - 1) % 2, torch.arange(len(rows))]
         return {
             "num_accepted": result.num_accepted.clone(),

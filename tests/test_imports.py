@@ -22,6 +22,7 @@ LEVELS = [
     {"sjd_engine.scheduler"},
     {"sjd_engine.engine"},
     {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing"},
+    {"sjd_engine.lossless"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
