@@ -65,8 +65,8 @@ Logits logits_at(uintptr_t address, DType dtype, bool guided, const Strides& str
 }
 
 void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strides& strides, uintptr_t previous_logits,
-            const Strides& previous_strides, int64_t batch_size, int64_t window_size, int64_t vocab_size,
-            int64_t num_tokens, uintptr_t tokens, uintptr_t num_committed, uintptr_t iteration, uintptr_t commit_pass,
+            const Strides& previous_strides, int64_t batch_size, int64_t window_size, int64_t next_window_size,
+            int64_t max_window_size, int64_t vocab_size, int64_t num_tokens, uintptr_t tokens, uintptr_t num_committed, uintptr_t iteration, uintptr_t commit_pass,
             uintptr_t law_row, uintptr_t laws, uintptr_t zero_residual, uintptr_t nonfinite_rows,
             uintptr_t zero_draft_prob, uintptr_t num_accepted, uintptr_t forced_ids, uintptr_t row_start,
             uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale, uintptr_t temperature, uintptr_t top_k,
@@ -74,7 +74,9 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
             const std::string& init, int num_threads) {
   constexpr int64_t kMost = INT32_MAX;
   check_range(kVerify, "batch_size", batch_size, 1, kMost);
-  check_range(kVerify, "window_size", window_size, 1, kMost);
+  check_range(kVerify, "max_window_size", max_window_size, 1, kMost);
+  check_range(kVerify, "window_size", window_size, 1, max_window_size);
+  check_range(kVerify, "next_window_size", next_window_size, 1, max_window_size);
   check_range(kVerify, "num_tokens", num_tokens, 1, kMost);
   check_range(kVerify, "vocab_size", vocab_size, 2, 1 << 18, "sums of more weights would not fit 64 bits");
   check_range(kVerify, "num_threads", num_threads, 1, kMost);
@@ -86,6 +88,8 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
   p.previous_logits = logits_at(previous_logits, type, guided, previous_strides);
   p.batch_size = batch_size;
   p.window_size = window_size;
+  p.next_window_size = next_window_size;
+  p.max_window_size = max_window_size;
   p.num_tokens = num_tokens;
   p.vocab_size = static_cast<int>(vocab_size);
   p.tokens = required<int64_t>(kVerify, "tokens", tokens);
@@ -391,7 +395,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("bfloat16_isa", &sjd::bfloat16_isa, "What multiplies bfloat16 in attention on a CPU.");
   sjd::define_paged_cache(m);
   m.def("verify_cpu", &sjd::verify, py::kw_only(), arg("logits"), arg("dtype"), arg("guided"), arg("strides"),
-        arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"), arg("vocab_size"),
+        arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"),
+        arg("next_window_size"), arg("max_window_size"), arg("vocab_size"),
         arg("num_tokens"), arg("tokens"), arg("num_committed"), arg("iteration"), arg("commit_pass"), arg("law_row"),
         arg("laws"), arg("zero_residual"), arg("nonfinite_rows"), arg("zero_draft_prob"), arg("num_accepted"),
         arg("forced_ids"), arg("row_start"), arg("above"), arg("seeds"), arg("guidance_scale"), arg("temperature"),

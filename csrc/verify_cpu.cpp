@@ -77,11 +77,12 @@ class Pass {
 
   Row& row(int64_t b, int64_t i) { return rows_[b * p_.window_size + i]; }
   uint64_t* sums(int64_t b, int64_t i) { return sums_.data() + (b * p_.window_size + i) * num_blocks_; }
-  int64_t* tokens(int64_t b) { return p_.tokens + b * (1 + p_.num_tokens + 2 * p_.window_size) + 1; }  // by position
+  int64_t* tokens(int64_t b) { return p_.tokens + b * (1 + p_.num_tokens + 2 * p_.max_window_size) + 1; }  // by position
+  int32_t* law_row(int64_t b) { return p_.law_row + b * p_.max_window_size; }
   RowLaw& law(int64_t b, int64_t i) { return law_of(p_.iteration[b], b, i); }
   const RowLaw& previous_law(int64_t b, int64_t i) { return law_of(p_.iteration[b] + 1, b, i); }
   RowLaw& law_of(int64_t iteration, int64_t b, int64_t i) {
-    return p_.laws[((iteration & 1) * p_.batch_size + b) * p_.window_size + i];
+    return p_.laws[((iteration & 1) * p_.batch_size + b) * p_.max_window_size + i];
   }
   int64_t forced_id(int64_t position) const { return p_.forced_ids ? p_.forced_ids[position] : -1; }
 
@@ -175,7 +176,7 @@ class Pass {
       law.cut = key_value(key);
       law.cut_id = key == kNegativeInfinityKey ? -1.0f : static_cast<float>(nth_equal(keys, n, key, which));
     };
-    const int32_t from = p_.law_row[b * p_.window_size + i];
+    const int32_t from = law_row(b)[i];
     const auto guess = [&](double share) {
       return row(b, i).has_draft && from >= 0 ? order_key(previous_law(b, from).cut) : guess_cut(keys, n, share);
     };
@@ -205,7 +206,7 @@ class Pass {
 
   // q of row i's draft: unscaled weights of n tokens from first_id on; returns their scale. `keys` is overwritten.
   float draft_weights(int64_t b, int64_t i, int first_id, int n, int32_t* keys, float* weights) {
-    const int32_t from = p_.law_row[b * p_.window_size + i];
+    const int32_t from = law_row(b)[i];
     if (from >= 0 && p_.previous_logits.data) {
       const RowLaw& law = previous_law(b, from);
       weigh_row(p_.previous_logits, law, b, from, first_id, n, keys, weights);
@@ -304,7 +305,7 @@ class Pass {
       }
       const int64_t sampled = i < num_accepted ? row.draft : row.token;
       tokens(b)[committed + i] = row.forced >= 0 ? row.forced : sampled;
-      if (i < num_new) p_.commit_pass[b * (p_.num_tokens + p_.window_size) + committed + i] = iteration;
+      if (i < num_new) p_.commit_pass[b * (p_.num_tokens + p_.max_window_size) + committed + i] = iteration;
     }
     fill_window(b, num_new);
     p_.iteration[b] += 1;
@@ -313,13 +314,12 @@ class Pass {
 
   // The law of every draft of the next window, and new drafts at its right edge: `reference.fill_window`.
   void fill_window(int64_t b, int64_t num_new) {
-    const int64_t window = p_.window_size, after = p_.num_committed[b] + window;
-    int32_t* law_row = p_.law_row + b * window;
-    for (int64_t i = 0; i < window - num_new; ++i) law_row[i] = static_cast<int32_t>(num_new + i);
-    for (int64_t j = 0; j < window - 1 && after + j < p_.num_tokens; ++j) {
+    const int64_t kept = p_.window_size - num_new, drafts = p_.next_window_size - 1;
+    const int64_t after = p_.num_committed[b] + p_.window_size;
+    for (int64_t i = 0; i < std::min(kept, drafts); ++i) law_row(b)[i] = static_cast<int32_t>(num_new + i);
+    for (int64_t j = 0; j < drafts && after + j < p_.num_tokens; ++j) {
       const int32_t from = enter(b, after + j);
-      const int64_t i = window + j - num_new;
-      if (i < window - 1) law_row[i] = from;
+      if (kept + j < drafts) law_row(b)[kept + j] = from;
     }
   }
 

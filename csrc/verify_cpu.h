@@ -11,11 +11,12 @@ enum class Accept { kRatio, kMatch };
 enum class Refresh { kFresh, kReuse, kMaximal, kGumbel, kArgmax };
 enum class Init { kRandom, kLeftRepeat, kAboveRepeat, kLeftSample, kAboveSample };
 
-// B sequences, W window, V vocabulary, T tokens. Tensors are contiguous but for the logits; a null pointer is an absent
-// argument. The words are those of kernels/state.py and kernels/reference.py.
+// B sequences, W the largest window, V vocabulary, T tokens. Tensors are contiguous but for the logits; a null pointer
+// is an absent argument. The words are those of kernels/state.py and kernels/reference.py.
 struct VerifyParams {
   Logits logits, previous_logits;  // previous_logits.data is null before the first pass
-  int64_t batch_size, window_size, num_tokens;
+  int64_t batch_size, num_tokens;
+  int64_t window_size, next_window_size, max_window_size;  // of this pass, of the next, and W
   int vocab_size;
 
   int64_t* tokens;           // [B, 1 + T + 2W]

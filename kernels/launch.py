@@ -38,17 +38,19 @@ def choose(vocab_size: int) -> Launch:
     return next(row for row in LAUNCHES if row.max_vocab is None or vocab_size <= row.max_vocab)
 
 
-def constants(accept: str, refresh: str, init: str, window_size: int, vocab_size: int, cols: int) -> dict[str, object]:
-    """The constexpr arguments of `verify._verify_kernel`."""
+def constants(
+    accept: str, refresh: str, init: str, max_window_size: int, vocab_size: int, cols: int
+) -> dict[str, object]:
+    """The constexpr arguments of `verify._verify_kernel`: the same for every window of a decoder."""
     row = choose(vocab_size)
     return {
         "ACCEPT": accept,
         "REFRESH": refresh,
         "INIT": init,
-        "STEPS": (window_size - 1) // cols if init.startswith("above") else 0,
+        "STEPS": (max_window_size - 1) // cols if init.startswith("above") else 0,
         "TILE": row.tile,
         "NUM_TILES": row.num_tiles(vocab_size),
-        "WINDOW_BLOCK": 1 << (window_size - 1).bit_length(),
+        "WINDOW_BLOCK": 1 << (max_window_size - 1).bit_length(),
     }
 
 

@@ -155,6 +155,7 @@ def verify(
     grid: Grid,
     *,
     window_size: int,
+    next_window_size: int | None = None,
     accept: str,
     refresh: str,
     init: str,
@@ -172,7 +173,9 @@ def verify(
             as they are until the next pass is verified.
         state: updated in place.
         grid: forced tokens and neighbours of every position.
-        window_size: W.
+        window_size: W of this pass, at most the state's.
+        next_window_size: that of the next pass, at most the state's; None for the same. A smaller one leaves drafts
+            behind, which enter anew where a later window grows. It may depend on committed tokens, not on drafts.
         accept: "ratio" (accept/residual) or "match" (the draft equals the target's own draw).
         refresh: what becomes of drafts right of the first rejection.
             "fresh": drawn anew from p (SJD).
@@ -188,6 +191,7 @@ def verify(
     Source: module docstring. Rules C1-C5 of exactness are kept by every combination but "reuse".
     """
     device = state.tokens.device
+    next_window_size = window_size if next_window_size is None else next_window_size
     rows = torch.arange(window_size, device=device)
     positions = state.num_committed[:, None] + rows  # [B, W], what each row predicts
     inside = positions < grid.num_tokens
@@ -239,13 +243,13 @@ def verify(
     state.nonfinite_rows += (nonfinite & sampled).sum(1)
 
     sequences = torch.arange(len(seeds), device=device)
-    state.laws[state.iteration % 2, sequences] = torch.stack(law, -1)
-    if reads_previous_logits(accept, window_size):
+    state.laws[state.iteration % 2, sequences, :window_size] = torch.stack(law, -1)
+    if reads_previous_logits(accept, state.max_window_size):
         state.previous_logits = logits
     state.tokens.scatter_(1, positions + 1, out)
     state.commit_pass.scatter_(1, positions, torch.where(rows < num_new[:, None], state.iteration[:, None], -1))
-    if window_size > 1:
-        fill_window(state, grid, num_new, init, seeds, weights)
+    if next_window_size > 1:
+        fill_window(state, grid, num_new, next_window_size, init, seeds, weights)
     state.iteration += num_new > 0
     state.num_committed += num_new
     return VerifyResult(num_accepted.minimum(num_new), state.num_committed.clone())
@@ -259,16 +263,17 @@ def draft_laws(
     temperature: Tensor | None,
 ) -> Tensor:
     """[B, W, V] float32: q of every draft, computed from the previous logits as p was then."""
-    law_row = state.law_row[..., None]
+    law_row = state.law_row[:, : drafts.shape[1], None]
     laws = torch.where(law_row == UNIFORM, torch.tensor(1.0 / vocab_size), 0.0)
     laws = laws + ((law_row == ONE_HOT) & (torch.arange(vocab_size, device=drafts.device) == drafts[..., None]))
     if state.previous_logits is None:
         return laws
     sequences = torch.arange(len(drafts), device=drafts.device)
-    law = RowLaw(*state.laws[(state.iteration + 1) % 2, sequences].unbind(-1))
     z = combine(state.previous_logits, guidance_scale, temperature)
+    law = RowLaw(*state.laws[(state.iteration + 1) % 2, sequences, : z.shape[1]].unbind(-1))
     probs = row_weights(z, law) * law.scale[..., None]
-    return torch.where(law_row >= 0, take_rows(probs, state.law_row.clamp_min(0)), laws)
+    rows = law_row.squeeze(-1).clamp(0, z.shape[1] - 1)  # where there is no draft it may be that of an older pass
+    return torch.where(law_row >= 0, take_rows(probs, rows), laws)
 
 
 def coupled_draw(weights: Tensor, z: Tensor, refresh: str, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -297,7 +302,15 @@ def start(state: WindowState, grid: Grid, *, window_size: int, init: str, seeds:
         enter(state, grid, entering, torch.full_like(entering, -1), init, seeds, None, vocab_size)
 
 
-def fill_window(state: WindowState, grid: Grid, num_new: Tensor, init: str, seeds: Tensor, weights: Tensor) -> None:
+def fill_window(
+    state: WindowState,
+    grid: Grid,
+    num_new: Tensor,
+    next_window_size: int,
+    init: str,
+    seeds: Tensor,
+    weights: Tensor,
+) -> None:
     """The law of every draft of the next window, and new drafts at its right edge.
 
         random         uniform over the vocabulary, q = 1/V: the true law, not the one-hot of the drawn token
@@ -311,18 +324,20 @@ def fill_window(state: WindowState, grid: Grid, num_new: Tensor, init: str, seed
     Args:
         state: its tokens and law_row are written; num_committed is still that of the pass.
         num_new: [B] tokens that this pass committed.
+        next_window_size: drafts enter up to position num_committed + num_new + next_window_size - 2.
         init: random | left-repeat | above-repeat | left-sample | above-sample.
         weights: [B, W, V], the laws of this pass.
     """
     window_size = weights.shape[1]
     first = state.num_committed[:, None]
     last = first + window_size - 1  # the last position with a row in this pass
-    entering = last + 1 + torch.arange(window_size - 1, device=seeds.device)
+    entering = last + 1 + torch.arange(next_window_size - 1, device=seeds.device)
     source = neighbour(grid, entering.clamp_max(grid.num_tokens - 1), last, init)
     entering_laws = enter(state, grid, entering, source, init, seeds, weights, weights.shape[-1])
-    rows = torch.arange(window_size, device=seeds.device).expand_as(state.law_row).int()
+    rows = torch.arange(window_size, dtype=torch.int32, device=seeds.device).expand(len(seeds), -1)
     laws = torch.cat((rows, entering_laws), 1)  # of the positions from `first` on
-    state.law_row[:, :-1] = laws.gather(1, num_new[:, None] + rows[:, :-1])
+    drafts = torch.arange(next_window_size - 1, device=seeds.device)
+    state.law_row[:, : next_window_size - 1] = laws.gather(1, num_new[:, None] + drafts)
 
 
 def enter(

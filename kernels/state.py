@@ -12,6 +12,8 @@ UNIFORM, ONE_HOT = -1, -2  # values of WindowState.law_row where the draft's law
 class WindowState:
     """What a batch of sequences carries from pass to pass. `verify` updates it in place.
 
+    W is here the largest window there can be; that of a pass may be smaller, and columns right of it mean nothing then.
+
     tokens: [B, 1 + T + 2W] int64. Column t + 1 is position t: committed tokens, then drafts. Column 0 is -1, the end of
         the caller's prompt; columns past T are scratch.
     num_committed: [B] int64, C.
@@ -19,7 +21,7 @@ class WindowState:
     commit_pass: [B, T + W] int64. The pass in which each token was committed, from 0; -1 before. Columns past T are
         scratch.
     law_row: [B, W] int32. The law q that the draft of row i was drawn from: row `law_row` of the previous pass's
-        logits, or UNIFORM, or ONE_HOT on the draft. The last row has no draft.
+        logits, or UNIFORM, or ONE_HOT on the draft. The last row of a window has no draft.
     laws: [2, B, W, 4] float32. What turns a row of logits into a law, see `reference.RowLaw`; those of iteration n lie
         at n % 2. No probability is stored: q is computed again from the previous logits, and is bitwise what p was.
     previous_logits: the logits of the last pass, the caller's own tensor; None before, and where no method reads it.
@@ -43,34 +45,38 @@ class WindowState:
     published: Tensor
     ticket: Tensor
 
+    @property
+    def max_window_size(self) -> int:
+        return self.law_row.shape[1]
+
     @classmethod
-    def new(cls, batch_size: int, num_tokens: int, window_size: int, device: torch.device | str) -> "WindowState":
+    def new(cls, batch_size: int, num_tokens: int, max_window_size: int, device: torch.device | str) -> "WindowState":
         """Nothing committed, and no drafts yet: `start` enters them."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        tokens = zeros(batch_size, 1 + num_tokens + 2 * window_size)
+        tokens = zeros(batch_size, 1 + num_tokens + 2 * max_window_size)
         tokens[:, 0] = -1
         return cls(
             tokens=tokens,
             num_committed=zeros(batch_size),
             iteration=zeros(batch_size),
-            commit_pass=zeros(batch_size, num_tokens + window_size) - 1,
-            law_row=torch.full((batch_size, window_size), UNIFORM, dtype=torch.int32, device=device),
-            laws=torch.zeros(2, batch_size, window_size, 4, device=device),
+            commit_pass=zeros(batch_size, num_tokens + max_window_size) - 1,
+            law_row=torch.full((batch_size, max_window_size), UNIFORM, dtype=torch.int32, device=device),
+            laws=torch.zeros(2, batch_size, max_window_size, 4, device=device),
             previous_logits=None,
             zero_residual=zeros(batch_size),
             nonfinite_rows=zeros(batch_size),
             zero_draft_prob=zeros(batch_size),
-            published=zeros(batch_size, window_size, 4),
+            published=zeros(batch_size, max_window_size, 4),
             ticket=torch.zeros(batch_size, dtype=torch.int32, device=device),
         )
 
 
-def reads_previous_logits(accept: str, window_size: int) -> bool:
+def reads_previous_logits(accept: str, max_window_size: int) -> bool:
     """The next pass will compute the law of its drafts from this pass's logits."""
-    return accept == "ratio" and window_size > 1
+    return accept == "ratio" and max_window_size > 1
 
 
 @dataclass(frozen=True)

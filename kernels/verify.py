@@ -122,7 +122,8 @@ def _neighbour(position, last, row_start_ptr, above_ptr, mask, INIT: tl.constexp
     return tl.where(source > last, -1, source)
 
 
-@triton.jit
+# Windows change from pass to pass: no number of theirs is worth a compilation.
+@triton.jit(do_not_specialize=["window_size", "next_window_size"])
 def _verify_kernel(
     logits_ptr,  # [B, W, V], or [2, B, W, V] with guidance
     previous_ptr,  # the same of the pass before
@@ -158,6 +159,8 @@ def _verify_kernel(
     previous_stride_v,
     batch_size,
     window_size,
+    next_window_size,
+    max_window_size,
     vocab,
     num_tokens,
     ACCEPT: tl.constexpr,
@@ -166,7 +169,7 @@ def _verify_kernel(
     STEPS: tl.constexpr,  # how far above a neighbour may have to be sought
     TILE: tl.constexpr,
     NUM_TILES: tl.constexpr,
-    WINDOW_BLOCK: tl.constexpr,  # a power of two >= W
+    WINDOW_BLOCK: tl.constexpr,  # a power of two >= the largest window
 ):
     window_row = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
@@ -182,8 +185,8 @@ def _verify_kernel(
 
     seed = tl.load(seeds_ptr + sequence)
     position = committed + window_row
-    tokens_ptr += sequence * (1 + num_tokens + 2 * window_size) + 1  # of position 0
-    published_ptr += sequence * window_size * PUBLISHED
+    tokens_ptr += sequence * (1 + num_tokens + 2 * max_window_size) + 1  # of position 0
+    published_ptr += sequence * max_window_size * PUBLISHED
     mine_ptr = published_ptr + window_row * PUBLISHED
     draft = tl.load(tokens_ptr + position)
     has_draft = window_row < window_size - 1
@@ -216,10 +219,11 @@ def _verify_kernel(
         q_law = Law(tl.cast(0.0, tl.float32), (1.0 / vocab.to(tl.float64)).to(tl.float32), no_cut, no_id)
         previous = row
         if previous_ptr is not None:
-            q_row = tl.load(law_row_ptr + sequence * window_size + window_row)
+            q_row_ptr = law_row_ptr + sequence * max_window_size + window_row
+            q_row = tl.load(q_row_ptr, mask=has_draft, other=UNIFORM)
             before = tl.maximum(q_row, 0).to(tl.int64)
             if q_row >= 0:
-                slot = ((iteration + 1) % 2 * batch_size + sequence) * window_size + before
+                slot = ((iteration + 1) % 2 * batch_size + sequence) * max_window_size + before
                 q_law = _load_law(laws_ptr + slot * 4)
             previous_row_ptr = previous_ptr + sequence * previous_stride_b + before * previous_stride_w
             previous = Row(
@@ -239,7 +243,7 @@ def _verify_kernel(
         for tile in range(NUM_TILES):
             total += tl.sum(fixed_point(tile_weights(row, law, tile, TILE, NUM_TILES)))
         law = Law(peak, (tl.cast(ONE, tl.float64) / total.to(tl.float64)).to(tl.float32), cut, cut_id)
-        slot_ptr = laws_ptr + ((iteration % 2 * batch_size + sequence) * window_size + window_row) * 4
+        slot_ptr = laws_ptr + ((iteration % 2 * batch_size + sequence) * max_window_size + window_row) * 4
         tl.store(slot_ptr, peak)
         tl.store(slot_ptr + 1, law.scale)
         tl.store(slot_ptr + 2, cut)
@@ -298,7 +302,7 @@ def _verify_kernel(
         if INIT == "left-sample" or INIT == "above-sample":
             # The positions that enter with this row's law.
             last = committed + window_size - 1
-            for slot in range(window_size - 1):
+            for slot in range(next_window_size - 1):
                 entering = last + 1 + slot
                 inside = entering < num_tokens
                 source = _neighbour(entering, last, row_start_ptr, above_ptr, inside, INIT, STEPS)
@@ -318,11 +322,11 @@ def _verify_kernel(
     if ticket == num_rows - 1:
         _finish_sequence(
             tokens_ptr, num_committed_ptr + sequence, iteration_ptr + sequence,
-            commit_pass_ptr + sequence * (num_tokens + window_size), law_row_ptr + sequence * window_size,
+            commit_pass_ptr + sequence * (num_tokens + max_window_size), law_row_ptr + sequence * max_window_size,
             zero_residual_ptr + sequence, nonfinite_rows_ptr + sequence, zero_draft_prob_ptr + sequence,
             published_ptr, ticket_ptr + sequence, num_accepted_ptr + sequence, committed_out_ptr + sequence,
-            forced_ids_ptr, row_start_ptr, above_ptr, seed, committed, iteration, num_rows, window_size, vocab,
-            num_tokens, INIT, STEPS, WINDOW_BLOCK,
+            forced_ids_ptr, row_start_ptr, above_ptr, seed, committed, iteration, num_rows, window_size,
+            next_window_size, vocab, num_tokens, INIT, STEPS, WINDOW_BLOCK,
         )  # fmt: skip
 
 
@@ -330,7 +334,7 @@ def _verify_kernel(
 def _finish_sequence(
     tokens_ptr, num_committed_ptr, iteration_ptr, commit_pass_ptr, law_row_ptr, zero_residual_ptr, nonfinite_rows_ptr,
     zero_draft_prob_ptr, published_ptr, ticket_ptr, num_accepted_ptr, committed_out_ptr, forced_ids_ptr, row_start_ptr,
-    above_ptr, seed, committed, iteration, num_rows, window_size, vocab, num_tokens,
+    above_ptr, seed, committed, iteration, num_rows, window_size, next_window_size, vocab, num_tokens,
     INIT: tl.constexpr, STEPS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All rows have published: commit, refill the window, move the sequence to its next pass."""
@@ -356,10 +360,10 @@ def _finish_sequence(
 
     # Drafts of this window keep the laws of this pass; those that enter come with their neighbour's.
     kept = rows - num_new
-    tl.store(law_row_ptr + kept, rows, mask=(kept >= 0) & (kept < window_size - 1) & (rows < window_size))
+    tl.store(law_row_ptr + kept, rows, mask=(kept >= 0) & (kept < next_window_size - 1) & (rows < window_size))
     last = committed + window_size - 1
     entering = last + 1 + rows
-    enters = (rows < window_size - 1) & (entering < num_tokens)
+    enters = (rows < next_window_size - 1) & (entering < num_tokens)
     _, _, _, words = window_words(seed, entering, iteration)
     tokens = (words * vocab) >> 32
     laws = tl.full([WINDOW_BLOCK], UNIFORM, tl.int32)
@@ -380,7 +384,7 @@ def _finish_sequence(
         tokens = tl.where(forced >= 0, forced, tokens)
     tl.store(tokens_ptr + entering, tokens, mask=enters)
     slot = window_size + rows - num_new
-    tl.store(law_row_ptr + slot, laws, mask=enters & (slot >= 0) & (slot < window_size - 1))
+    tl.store(law_row_ptr + slot, laws, mask=enters & (slot >= 0) & (slot < next_window_size - 1))
 
     tl.store(num_accepted_ptr, tl.minimum(num_accepted, num_new).to(tl.int64))
     tl.store(committed_out_ptr, committed + num_new)
@@ -395,6 +399,7 @@ def verify(
     grid: Grid,
     *,
     window_size: int,
+    next_window_size: int | None = None,
     accept: str,
     refresh: str,
     init: str,
@@ -410,7 +415,7 @@ def verify(
     if guided != (guidance_scale is not None):
         raise ValueError("verify: logits [2, B, W, V] come with guidance_scale, logits [B, W, V] without")
     batch_size, vocab_size = logits.shape[-3], logits.shape[-1]
-    reads_previous = reads_previous_logits(accept, window_size)
+    reads_previous = reads_previous_logits(accept, state.max_window_size)
     previous = state.previous_logits if reads_previous else None
     backend = "" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
     num_accepted, num_committed = torch.empty_like(state.num_committed), torch.empty_like(state.num_committed)
@@ -445,9 +450,11 @@ def verify(
         *(logits if previous is None else previous).stride(),
         batch_size,
         window_size,
+        window_size if next_window_size is None else next_window_size,
+        state.max_window_size,
         vocab_size,
         grid.num_tokens,
-        **launch.constants(accept, refresh, init, window_size, vocab_size, grid.cols),
+        **launch.constants(accept, refresh, init, state.max_window_size, vocab_size, grid.cols),
         **launch.options(vocab_size, backend),
     )
     if reads_previous:

@@ -59,6 +59,7 @@ class JacobiDecoder:
         num_tokens: T >= 1, tokens of an image, forced ones included.
         vocab_size: V >= 2, image codes.
         window_size: W >= 1, tokens of a forward pass. `ar` always takes 1.
+        max_window_size: of windows that change from pass to pass, see `verify`; None: W stays as it is.
         method: a name of `sjd_engine.methods.METHODS`.
         params: sampling parameters of the batch.
         seeds: B ints, one for each image.
@@ -76,6 +77,7 @@ class JacobiDecoder:
         num_tokens: int,
         vocab_size: int,
         window_size: int,
+        max_window_size: int | None = None,
         seeds: Sequence[int],
         method: str = "maximal",
         params: SamplingParams | None = None,
@@ -84,11 +86,13 @@ class JacobiDecoder:
         reuse_threshold: float = 0.5,
         device: torch.device | str = "cpu",
     ):
+        max_window_size = window_size if max_window_size is None else max_window_size
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_tokens", num_tokens, 1),
             ("vocab_size", vocab_size, 2),
             ("window_size", window_size, 1),
+            ("max_window_size", max_window_size, window_size),
         ):
             if value < least:
                 raise ValueError(f"{name}: expected >= {least}, got {value}")
@@ -103,6 +107,7 @@ class JacobiDecoder:
         self.method = get_method(method)
         self.init = check_init(init)
         self.window_size = 1 if self.method.one_token else window_size
+        self.max_window_size = 1 if self.method.one_token else max_window_size
         self.params = params or SamplingParams()
         self.schedule, self.vocab_size = schedule, vocab_size
         self.reuse_threshold = reuse_threshold
@@ -115,8 +120,8 @@ class JacobiDecoder:
         self._state = self._first_state(self._seeds)
 
     def _first_state(self, seeds: Tensor) -> ops.WindowState:
-        state = ops.WindowState.new(len(seeds), self.num_tokens, self.window_size, self.device)
-        arguments = {"window_size": self.window_size, "init": self.init, "vocab_size": self.vocab_size}
+        state = ops.WindowState.new(len(seeds), self.num_tokens, self.max_window_size, self.device)
+        arguments = {"window_size": self.max_window_size, "init": self.init, "vocab_size": self.vocab_size}
         ops.start(state, self._grid, seeds=seeds, **arguments)
         return state
 
@@ -138,7 +143,9 @@ class JacobiDecoder:
         past = slots > self.num_tokens
         return ids.masked_fill(past, 0), (slots - 1).masked_fill(past, self.num_tokens)
 
-    def verify(self, logits: Tensor, previous_logits: Tensor | None = None) -> ops.VerifyResult:
+    def verify(
+        self, logits: Tensor, previous_logits: Tensor | None = None, next_window_size: int | None = None
+    ) -> ops.VerifyResult:
         """One pass: slot i of `logits` predicts position positions[:, i] + 1.
 
         Args:
@@ -147,6 +154,8 @@ class JacobiDecoder:
                 computed from it again, so that no probabilities are stored.
             previous_logits: those of the last pass, where this decoder did not see it because a CUDA graph replayed it;
                 None for those of the last call.
+            next_window_size: W of the next pass, in 1..max_window_size; None: that of this one. What it is must depend
+                on committed tokens alone, never on drafts: only then does the law of the images stay as it is.
         Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
         Raises: ValueError where the shape differs; the state is unchanged.
         """
@@ -155,7 +164,10 @@ class JacobiDecoder:
         if tuple(logits.shape) != expected:
             names = "[2, B, W, V]" if self.guided else "[B, W, V]"
             raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
-        if previous_logits is not None and ops.reads_previous_logits(self.method.accept, self.window_size):
+        next_window_size = self.window_size if next_window_size is None else next_window_size
+        if not 1 <= next_window_size <= self.max_window_size:
+            raise ValueError(f"verify: next_window_size must be in 1..{self.max_window_size}, got {next_window_size}")
+        if previous_logits is not None and ops.reads_previous_logits(self.method.accept, self.max_window_size):
             self._state.previous_logits = previous_logits
         previous = None if torch.compiler.is_compiling() else self._state.previous_logits
         if previous is not None and previous.dtype != logits.dtype:
@@ -165,11 +177,12 @@ class JacobiDecoder:
                 "verify: logits occupy the memory of the previous pass's logits, which this pass still reads; "
                 "pass a new tensor, or alternate between two buffers"
             )
-        return ops.verify(
+        result = ops.verify(
             logits,
             self._state,
             self._grid,
             window_size=self.window_size,
+            next_window_size=next_window_size,
             accept=self.method.accept,
             refresh=self.method.refresh,
             init=self.init,
@@ -177,6 +190,8 @@ class JacobiDecoder:
             reuse_threshold=self._reuse_threshold,
             **self.warp_arguments,
         )
+        self.window_size = next_window_size
+        return result
 
     # ---------------------------------------------------------------------------------------- sequences come and go
 
@@ -267,6 +282,7 @@ class JacobiDecoder:
         """Everything needed to go on later, on this or another device: tensors and plain values."""
         return {
             "setup": self._setup(),
+            "window_size": self.window_size,
             "tensors": {name: None if t is None else t.clone() for name, t in vars(self._state).items()},
         }
 
@@ -278,6 +294,7 @@ class JacobiDecoder:
         for name, mine in self._setup().items():
             if state["setup"].get(name) != mine:
                 raise ValueError(f"load_state_dict: {name} is {mine} here, {state['setup'].get(name)} in the state")
+        self.window_size = state["window_size"]
         for name, mine in vars(self._state).items():
             saved = state["tensors"][name]
             if isinstance(mine, Tensor) and isinstance(saved, Tensor) and name != "previous_logits":
@@ -289,7 +306,7 @@ class JacobiDecoder:
         return {
             "method": self.method.name,
             "init": self.init,
-            "window_size": self.window_size,
+            "max_window_size": self.max_window_size,
             "vocab_size": self.vocab_size,
             "params": [vars(params) for params in self._row_params],
             "reuse_threshold": self._reuse_threshold.tolist(),  # sync: preemption

@@ -56,6 +56,7 @@ def verify(
     grid: Grid,
     *,
     window_size: int,
+    next_window_size: int | None = None,
     accept: str,
     refresh: str,
     init: str,
@@ -91,6 +92,8 @@ def verify(
         previous_strides=(0, 0, 0, 0) if previous is None else _strides(previous),
         batch_size=len(seeds),
         window_size=window_size,
+        next_window_size=window_size if next_window_size is None else next_window_size,
+        max_window_size=state.max_window_size,
         vocab_size=logits.shape[-1],
         num_tokens=grid.num_tokens,
         tokens=_address("tokens", state.tokens, torch.int64),
@@ -117,7 +120,7 @@ def verify(
         init=init,
         num_threads=torch.get_num_threads(),
     )
-    if reads_previous_logits(accept, window_size):
+    if reads_previous_logits(accept, state.max_window_size):
         state.previous_logits = logits
     return VerifyResult(num_accepted, state.num_committed.clone())
 

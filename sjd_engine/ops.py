@@ -195,13 +195,13 @@ _library.define(
     "Tensor(d!) commit_pass, Tensor(e!) law_row, Tensor(f!) laws, Tensor(g!) zero_residual, "
     "Tensor(h!) nonfinite_rows, Tensor(i!) zero_draft_prob, Tensor(j!) published, Tensor(k!) ticket, "
     "Tensor? forced_ids, Tensor row_start, Tensor above, int cols, Tensor seeds, Tensor? guidance_scale, "
-    "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? reuse_threshold, int window_size, str accept, "
-    "str refresh, str init) -> (Tensor num_accepted, Tensor num_committed)"
+    "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? reuse_threshold, int window_size, "
+    "int? next_window_size, str accept, str refresh, str init) -> (Tensor num_accepted, Tensor num_committed)"
 )
 STATE = tuple(field.name for field in fields(WindowState) if field.name != "previous_logits")
 GRID = ("forced_ids", "row_start", "above", "cols")
 ARGUMENTS = ("seeds", "guidance_scale", "temperature", "top_k", "top_p", "reuse_threshold")
-WORDS = ("window_size", "accept", "refresh", "init")
+WORDS = ("window_size", "next_window_size", "accept", "refresh", "init")
 
 
 def _verify_flat(logits: Tensor, previous_logits: Tensor | None, *values: Any) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def _verify_traced(logits: Tensor, state: WindowState, grid: Grid, **arguments: 
     values = [getattr(state, name) for name in STATE] + [getattr(grid, name) for name in GRID]
     values += [arguments.get(name) for name in ARGUMENTS + WORDS]
     result = torch.ops.sjd.verify(logits, state.previous_logits, *values)
-    if reads_previous_logits(arguments["accept"], arguments["window_size"]):
+    if reads_previous_logits(arguments["accept"], state.max_window_size):
         state.previous_logits = logits
     return VerifyResult(*result)
 

@@ -267,6 +267,7 @@ class VerifyCase:
 
     Logits belong to positions: those of pass n are `spread` times fixed noise plus `drift` times noise of the pass.
     bad: share of logits that are NaN or infinite, and of rows that have no finite logit. ties: logits are rounded.
+    windows: of passes that take turns with them, at most window_size; none: all have that one.
     """
 
     method: str
@@ -284,10 +285,17 @@ class VerifyCase:
     strided: bool = False
     reuse_threshold: float = 0.5
     first_seed: int = 0
+    windows: tuple[int, ...] = ()
+
+    def window(self, iteration: int) -> int:
+        """That of a pass."""
+        if get_method(self.method).one_token:
+            return 1
+        return self.windows[iteration % len(self.windows)] if self.windows else self.window_size
 
     def logits(self, iteration: int, num_committed: Tensor) -> Tensor:
         """[B, W, V], or [2, B, W, V] with guidance, for windows that begin at `num_committed`."""
-        window = 1 if get_method(self.method).one_token else self.window_size
+        window = self.window(iteration)
         rows = torch.stack([self.sequence_logits(b, iteration) for b in range(self.batch_size)], -3)
         slots = num_committed[:, None] + torch.arange(window)
         index = slots[..., None].expand(*rows.shape[:-2], window, self.vocab_size)
@@ -316,11 +324,11 @@ class VerifyCase:
     ) -> list[dict[str, Tensor]]:
         """What `verify` decides and leaves behind on `device`, pass after pass, as tensors on the CPU."""
         method, grid = get_method(self.method), self.schedule.grid(device)
-        window = 1 if method.one_token else self.window_size
-        state = WindowState.new(self.batch_size, self.schedule.num_tokens, window, device)
+        max_window = 1 if method.one_token else self.window_size
+        state = WindowState.new(self.batch_size, self.schedule.num_tokens, max_window, device)
         seeds = torch.arange(self.first_seed, self.first_seed + self.batch_size) * 0x9E3779B97F4A7C15 % (1 << 62)
         seeds = seeds.to(device)
-        start(state, grid, window_size=window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
+        start(state, grid, window_size=max_window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
         warping = self.params.warp_arguments(self.batch_size, self.vocab_size, torch.device(device))
         passes = []
         for iteration in range(num_passes):
@@ -329,7 +337,8 @@ class VerifyCase:
                 self.logits(iteration, first).to(device),
                 state,
                 grid,
-                window_size=window,
+                window_size=self.window(iteration),
+                next_window_size=self.window(iteration + 1),
                 accept=method.accept,
                 refresh=method.refresh,
                 init=self.init,
@@ -339,19 +348,19 @@ class VerifyCase:
             )
             on_host = WindowState(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()})
             result = VerifyResult(result.num_accepted.cpu(), result.num_committed.cpu())
-            passes.append(self.decisions(on_host, result, first, window))
+            passes.append(self.decisions(on_host, result, first, iteration))
         return passes
 
-    def decisions(self, state: WindowState, result: VerifyResult, first: Tensor, window: int) -> dict[str, Tensor]:
+    def decisions(self, state: WindowState, result: VerifyResult, first: Tensor, iteration: int) -> dict[str, Tensor]:
         """Everything that later passes read; scratch is zeroed."""
-        num_tokens = self.schedule.num_tokens
-        positions = torch.arange(num_tokens)
-        defined = positions < state.num_committed[:, None] + window - 1  # committed tokens and drafts
-        drafts = state.num_committed[:, None] + torch.arange(window)
-        has_draft = (drafts < num_tokens) & (torch.arange(window) < window - 1)
-        rows = first[:, None] + torch.arange(window)
-        forced = torch.tensor([t in self.schedule.forced for t in range(num_tokens + window)])
-        has_law = (rows < num_tokens) & ~forced[rows]
+        num_tokens, window, next_window = self.schedule.num_tokens, self.window(iteration), self.window(iteration + 1)
+        positions, columns = torch.arange(num_tokens), torch.arange(state.max_window_size)
+        defined = positions < state.num_committed[:, None] + next_window - 1  # committed tokens and drafts
+        drafts = state.num_committed[:, None] + columns
+        has_draft = (drafts < num_tokens) & (columns < next_window - 1)
+        rows = first[:, None] + columns
+        forced = torch.tensor([t in self.schedule.forced for t in range(num_tokens + len(columns))])
+        has_law = (rows < num_tokens) & (columns < window) & ~forced[rows]
         laws = state.laws[(state.iteration - 1) % 2, torch.arange(len(rows))]
         return {
             "num_accepted": result.num_accepted.clone(),

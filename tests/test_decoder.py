@@ -117,6 +117,13 @@ class TestPreemption:
             forget(cache, second.verify(model.forward(*second.window(), cache)))
         assert torch.equal(second.token_ids, whole)
 
+    def test_the_window_goes_on_from_a_saved_state(self):
+        first, second = (make(max_window_size=6) for _ in range(2))
+        first.verify(torch.zeros(3, 4, VOCAB), next_window_size=6)
+        second.load_state_dict(first.state_dict())
+        assert second.window()[0].tolist() == first.window()[0].tolist()
+        assert second.window_size == 6
+
     @pytest.mark.parametrize(
         ("name", "other"),
         [
@@ -140,6 +147,7 @@ class TestErrors:
         [
             ({"window_size": 0}, "window_size: expected >= 1, got 0"),
             ({"window_size": -3}, "window_size: expected >= 1, got -3"),
+            ({"max_window_size": 3}, "max_window_size: expected >= 4, got 3"),
             ({"vocab_size": 1}, "vocab_size"),
             ({"batch_size": 2}, "seeds: expected 2"),
             ({"method": "magic"}, "known methods: ar, jacobi, sjd"),
@@ -156,6 +164,12 @@ class TestErrors:
     def test_seeds_must_be_ints(self):
         with pytest.raises(TypeError, match="seeds"):
             make(seeds=(1, 2, 3.5))
+
+    def test_a_next_window_beyond_the_largest_leaves_the_state_alone(self):
+        decoder = make(max_window_size=6)
+        with pytest.raises(ValueError, match=r"next_window_size must be in 1\.\.6, got 7"):
+            decoder.verify(torch.zeros(3, 4, VOCAB), next_window_size=7)
+        assert decoder.stats.iterations == [0, 0, 0]
 
     @pytest.mark.parametrize(
         ("params", "shape"), [({}, (3, 3, VOCAB)), ({}, (2, 3, 4, VOCAB)), ({"guidance_scale": 2.0}, (3, 4, VOCAB))]

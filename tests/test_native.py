@@ -167,6 +167,15 @@ def test_a_child_of_fork_makes_its_own_threads():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("init", INITS)
+def test_windows_may_change_from_pass_to_pass(method, init):
+    for params, windows in ((FILTERS["plain"], (4, 9, 1, 2)), (FILTERS["guided-cold-k-p"], (7, 3))):
+        assert_equal(
+            VerifyCase(method, 40, max(windows), init=init, params=params, schedule=LINE_BREAKS, windows=windows)
+        )
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_equals_the_reference_on_random_shapes(data):
@@ -176,11 +185,12 @@ def test_equals_the_reference_on_random_shapes(data):
     def integer(least: int, most: int) -> int:
         return data.draw(st.integers(least, most))
 
-    vocab_size, rows, cols = integer(2, 600), integer(1, 4), integer(1, 6)
+    vocab_size, rows, cols, window = integer(2, 600), integer(1, 4), integer(1, 6), integer(1, 20)
     case = VerifyCase(
         pick(*METHODS),
         vocab_size,
-        window_size=integer(1, 20),
+        window_size=window,
+        windows=pick((), (window, integer(1, window)), (1, window, integer(1, window))),
         batch_size=integer(1, 3),
         init=pick(*INITS),
         params=SamplingParams(

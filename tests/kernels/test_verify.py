@@ -56,6 +56,12 @@ CASES = {  # positional: method, V, W, B
     "subnormal": VerifyCase("maximal", 256, 3, 1, spread=1e-41, drift=1e-41, params=TOP_K),
     "overflowing": VerifyCase("sjd", 256, 3, 1, spread=1e38, drift=1e38, params=GUIDED),
     "negative-zeros": VerifyCase("exact", 256, 3, 1, spread=0.2, drift=0.1, ties=True, params=TOP_K),
+    "windows-V256": VerifyCase("maximal", 256, 6, windows=(6, 2, 5, 1), drift=0.1),
+    "windows-tiled-guided": VerifyCase("sjd", 9000, 3, 1, params=GUIDED, windows=(2, 3)),
+    **{
+        f"windows-{init}": VerifyCase("gumbel", 50, 9, 1, init=init, schedule=LINES, windows=(2, 9, 4), drift=0.1)
+        for init in INITS[1:]
+    },
     "strided": VerifyCase("maximal", 256, 3, 1, params=GUIDED, strided=True),
 }
 
