@@ -191,14 +191,14 @@ class Batch:
 
     def stats(self, row: int, seconds: float) -> ImageStats:
         """Statistics of the image in `row`."""
-        schedule, stats = self.decoder.schedule, self.decoder.stats
+        schedule, stats = self.decoder.schedule, self.decoder.stats_of(slice(row, row + 1))
         return ImageStats(
-            nfe=stats.iterations[row],
+            nfe=stats.iterations[0],
             num_tokens=schedule.num_tokens,
-            committed_per_pass=stats.committed_per_pass[row],
+            committed_per_pass=stats.committed_per_pass[0],
             seconds=seconds,
-            acceptance_map=stats.commit_pass[row, schedule.image_positions].view(schedule.rows, schedule.cols).numpy(),
-            zero_residual=stats.zero_residual[row],
-            nonfinite_rows=stats.nonfinite_rows[row],
-            zero_draft_prob=stats.zero_draft_prob[row],
+            acceptance_map=stats.commit_pass[0, schedule.image_positions].view(schedule.rows, schedule.cols).numpy(),
+            zero_residual=stats.zero_residual[0],
+            nonfinite_rows=stats.nonfinite_rows[0],
+            zero_draft_prob=stats.zero_draft_prob[0],
         )

@@ -266,15 +266,19 @@ class JacobiDecoder:
     @property
     def stats(self) -> DecodeStats:
         """Statistics so far; copies them to the host."""
+        return self.stats_of(slice(None))
+
+    def stats_of(self, rows: slice) -> DecodeStats:
+        """Those of some rows."""
         state = self._state
-        commit_pass = state.commit_pass[:, : self.num_tokens].cpu()  # sync: for people
-        iterations = state.iteration.tolist()  # sync: for people
+        commit_pass = state.commit_pass[rows, : self.num_tokens].cpu()  # sync: for people
+        iterations = state.iteration[rows].tolist()  # sync: for people
         per_pass = [
             torch.bincount(row[row >= 0], minlength=passes).tolist()  # sync: on the host already
             for row, passes in zip(commit_pass, iterations, strict=True)
         ]
         counters = (state.zero_residual, state.nonfinite_rows, state.zero_draft_prob)
-        return DecodeStats(iterations, per_pass, commit_pass, *(c.tolist() for c in counters))  # sync: for people
+        return DecodeStats(iterations, per_pass, commit_pass, *(c[rows].tolist() for c in counters))  # sync: for people
 
     # -------------------------------------------------------------------------------------------------- preemption
 
