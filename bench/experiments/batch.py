@@ -1,0 +1,101 @@
+"""Images together: rate, latency and memory against how many are under way at once."""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from sjd_engine import Engine
+
+from . import measure, prompts
+from .report import Column, Result
+from .settings import Setting
+from .sweeps import BEST_EXACT
+
+COLUMNS = (
+    Column("method", "method"),
+    Column("W", "window"),
+    Column("at once", "batch", "d"),
+    Column("images/s", "images_per_second", ".2f"),
+    Column("vs one at a time", "vs_one", ".2f"),
+    Column("vs ar", "vs_ar", ".2f"),
+    Column("s/image", "seconds_per_image", ".3f"),
+    Column("latency s", "latency", ".2f"),
+    Column("MB/image", "mb_per_image", ".3f"),
+    Column("MB/image, one prompt", "mb_per_image_shared", ".3f"),
+)
+
+
+def run(args: argparse.Namespace) -> Result:
+    """The same images, so many at once, for every size and method, which take turns."""
+    model = measure.load(args.model, args.dtype).model
+    texts = prompts.take(max(*args.sizes, args.prompts))
+    window = (args.windows or [16])[0]
+    settings = [Setting("ar", 1)] + [Setting(method, window) for method in args.methods or ("sjd", BEST_EXACT)]
+    engines = {size: Engine(model, max_batch_size=size, page_size=args.page_size) for size in args.sizes}
+    runs: dict[tuple[Setting, int], list[tuple[float, float]]] = {}
+    for setting in settings:
+        for size, engine in engines.items():
+            generate(engine, setting, texts[:size], args.seed)  # warms up
+    ends = time.monotonic() + 60 * args.minutes
+    for turn in range(args.repeats):
+        if turn and time.monotonic() > ends:
+            break
+        for setting in settings:
+            for size, engine in engines.items():
+                runs.setdefault((setting, size), []).append(generate(engine, setting, texts, args.seed))
+    seconds = {key: min(taken for taken, _ in values) for key, values in runs.items()}
+    rows = [
+        {
+            "method": setting.label,
+            "window": setting.window,
+            "batch": size,
+            "images_per_second": round(len(texts) / seconds[setting, size], 3),
+            "seconds_per_image": round(seconds[setting, size] / len(texts), 4),
+            "vs_one": round(seconds[setting, args.sizes[0]] / seconds[setting, size], 3),
+            "vs_ar": round(seconds[settings[0], size] / seconds[setting, size], 3),
+            "latency": round(statistics.median(latency for _, latency in runs[setting, size]), 3),
+            "mb_per_image": round(megabytes(engines[size], setting, texts[:size]), 3),
+            "mb_per_image_shared": round(megabytes(engines[size], setting, texts[:1] * size), 3),
+            "runs": [round(taken, 3) for taken, _ in runs[setting, size]],
+        }
+        for setting in settings
+        for size in args.sizes
+    ]
+    dtype, turns = model.transformer.dtype, len(runs[settings[0], args.sizes[0]])
+    setup = {
+        "experiment": args.experiment,
+        "model": args.model,
+        "prompts": texts,
+        "dtype": str(dtype),
+        "page_size": args.page_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    note = (
+        f"{args.model}, {len(texts)} images, {dtype}, {torch.get_num_threads()} threads, pages of {args.page_size} "
+        f'tokens, best of {turns} runs; "vs one" is against {args.sizes[0]} at once'
+    )
+    return Result({"setup": setup, "rows": rows}, COLUMNS, (note,))
+
+
+def generate(engine: Engine, setting: Setting, texts: list[str], seed: int) -> tuple[float, float]:
+    """(seconds of all images, mean seconds from the moment one begins until it is complete)."""
+    measure.forget_prompts(engine)
+    started = time.perf_counter()
+    out = engine.generate(texts, seed=seed, output_type="codes", progress=False, **setting.arguments)
+    return time.perf_counter() - started, statistics.fmean(stats.seconds for stats in out.stats)
+
+
+def megabytes(engine: Engine, setting: Setting, texts: list[str]) -> float:
+    """Of the cache, for each of so many images under way at once."""
+    pool = engine.scheduler.prompts.kv_cache
+    measure.forget_prompts(engine)
+    arguments: dict[str, Any] = setting.arguments
+    number = engine.submit(texts, output_type="codes", **arguments)
+    engine.step()
+    used = pool.num_pages - pool.num_free_pages
+    engine.cancel(number)
+    return used * pool.pages[:, 0].nbytes / 1e6 / len(texts)

@@ -1,0 +1,223 @@
+"""The experiments that decode the same prompts with many settings, one image at a time."""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from sjd_engine import Engine
+from sjd_engine.methods import INITS, METHODS
+from sjd_engine.models import ImageModel
+
+from . import measure, prompts, statistics
+from .measure import Row
+from .peer import TransformersGenerate
+from .report import Column, Result
+from .settings import Setting
+from .statistics import interval
+
+BEST_EXACT = "maximal"
+REFRESHES = ("sjd", "sjd++", BEST_EXACT, "gumbel", "exact")  # one of each way to refresh
+KEPT_SHARES = (1.0, 0.5, 0.25, 0.1, 0.025)  # of the vocabulary; 1 is no top-k
+TOP_K_SHARE = 0.25  # the papers keep 2000 of 8192 codes
+TRACED_PROMPTS = 4
+COLUMNS = (
+    Column("model", "model"),
+    Column("tokens", "num_tokens", "d"),
+    Column("method", "method"),
+    Column("W", "window"),
+    Column("init", "init"),
+    Column("top-k", "top_k", "d"),
+    Column("NFE", "nfe", ".1f", bounds=True),
+    Column("tok/pass", "step_compression", ".2f"),
+    Column("detail", "step_compression_detail", ".2f"),
+    Column("seconds", "seconds", ".3f"),
+    Column("s vs ar", "seconds_vs_ar", ".2f", bounds=True),
+    Column("vs HF", "seconds_vs_transformers", ".2f"),
+    Column("NFE vs sjd", "nfe_vs_sjd", ".2f", bounds=True),
+    Column("s vs sjd", "seconds_vs_sjd", ".2f"),
+    Column("NFE vs sjd++", "nfe_vs_sjd++", ".2f", bounds=True),
+    Column("s vs best W", "seconds_vs_best_window", ".3f", bounds=True),
+    Column("log p", "log_prob", ".3f"),
+    Column("sd", "log_prob_deviation", ".2f"),
+    Column("drift z", "drift_z", "+.1f"),
+    Column("= ar", "equal_to_ar", ".0%"),
+    Column("overhead", "overhead", ".0%"),
+)
+
+
+def columns(*left_out: str) -> list[Column]:
+    return [column for column in COLUMNS if column.key not in left_out]
+
+
+def grid(
+    methods: Iterable[str],
+    windows: Iterable[int | str],
+    inits: Iterable[str | None] = ("random",),
+    top_ks: Iterable[int] = (0,),
+) -> list[Setting]:
+    """Every combination, and `ar` for each top-k before it."""
+    windows, inits = list(windows), list(inits)
+    several = [method for method in methods if not METHODS[method].one_token]
+    settings = []
+    for top_k in top_ks:
+        settings.append(Setting("ar", 1, "random", top_k))
+        settings += [Setting(m, window, init, top_k) for m in several for init in inits for window in windows]
+    return settings
+
+
+def fraction(model: ImageModel, share: float) -> int:
+    """The top-k that keeps `share` of the vocabulary; 0 for all of it."""
+    return 0 if share >= 1 else max(1, round(share * model.num_codes))
+
+
+def execute(args: argparse.Namespace, engine: Engine, settings: list[Setting], traced: int, **words: Any) -> Any:
+    settings = list(dict.fromkeys(settings))
+    return measure.run(
+        engine,
+        settings,
+        prompts.take(args.prompts),
+        seed=args.seed,
+        minutes=args.minutes,
+        traced=traced,
+        name=args.experiment,
+        **words,
+    )
+
+
+def result(
+    args: argparse.Namespace,
+    engine: Engine,
+    rows: list[Row],
+    skipped: list[dict],
+    *left_out: str,
+    documents: list[dict[str, Any]] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Result:
+    """What every sweep reports, and the machine it ran on."""
+    params, dtype = engine.model.defaults.params, engine.model.transformer.dtype
+    documents = [row.document(rows) for row in rows] if documents is None else documents
+    count = len(rows[0].images)
+    setup = {
+        "experiment": args.experiment,
+        "model": args.model,
+        "prompts": prompts.take(count),
+        "seed": args.seed,
+        "dtype": str(dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "params": asdict(params),
+        "confidence": statistics.CONFIDENCE,
+    }
+    line = (
+        f"{args.model}, {count} prompts, one image at a time, {dtype}, {torch.get_num_threads()} threads, guidance "
+        f"{params.guidance_scale}, temperature {params.temperature}, torch {torch.__version__}; 95 % intervals in []"
+    )
+    document = {"setup": setup, "rows": documents, "skipped": skipped}
+    return Result(document, columns("model", "num_tokens", *left_out), (line, *notes))
+
+
+# ------------------------------------------------------------------------------------------------------ experiments
+
+
+def methods(args: argparse.Namespace) -> Result:
+    """Every method at the same windows, without and with top-k, beside transformers' own loop."""
+    engine = measure.load(args.model, args.dtype)
+    windows = args.windows or [16, 32]
+    top_ks = args.top_ks if args.top_ks is not None else [0, fraction(engine.model, TOP_K_SHARE)]
+    settings = grid(args.methods or METHODS, windows, top_ks=top_ks)
+    for top_k in top_ks:
+        settings += [Setting(BEST_EXACT, window, init, top_k) for init in args.inits or () for window in windows]
+        settings += [Setting.variant(text, window, top_k) for text in args.variants for window in windows]
+    peer, notes = None, []
+    if args.transformers:
+        try:
+            peer = TransformersGenerate(args.model, engine)
+            fastest, seconds = peer.choose_fastest(prompts.take(1)[0])
+            notes.append(f"transformers generate: {fastest}; seconds of each setting {seconds}")
+        except (*measure.REFUSALS, ImportError, OSError) as refusal:
+            notes.append(f"without transformers' generate: {refusal}")
+    also = peer.take if peer else None
+    rows, skipped = execute(args, engine, settings, min(args.prompts, TRACED_PROMPTS), also=also)
+    documents = [row.document(rows) for row in rows]
+    if peer is not None:
+        for row, document in zip(rows, documents, strict=True):
+            columns = peer.taken, row.column("seconds")
+            document["seconds_vs_transformers"] = interval(statistics.ratio, *columns).rounded()
+        taken = interval(statistics.mean, peer.taken).rounded()
+        notes.append(f"transformers generate: {taken[0]:.3f} s an image [{taken[1]:.3f}, {taken[2]:.3f}], no top-k")
+    return result(args, engine, rows, skipped, documents=documents, notes=tuple(notes))
+
+
+def window(args: argparse.Namespace) -> Result:
+    """Fixed windows and "auto", against the fastest fixed one of the same method."""
+    engine = measure.load(args.model, args.dtype)
+    windows = args.windows or [4, 8, 12, 16, 24, 32, 48, 64, 96]
+    settings = grid(args.methods or ("sjd", "sjd++", BEST_EXACT), [*windows, "auto"])
+    rows, skipped = execute(args, engine, settings, 0)
+    documents = []
+    for row in rows:
+        fixed = [r for r in rows if r.setting.method == row.setting.method and isinstance(r.setting.window, int)]
+        best = min(fixed, key=lambda r: sum(r.column("seconds")))
+        times = interval(statistics.ratio, best.column("seconds"), row.column("seconds"))
+        documents.append(row.document(rows) | {"seconds_vs_best_window": times.rounded()})
+    return result(args, engine, rows, skipped, "top_k", "init", documents=documents)
+
+
+def topk(args: argparse.Namespace) -> Result:
+    """How passes and likelihood depend on the tokens that are kept."""
+    engine = measure.load(args.model, args.dtype)
+    top_ks = args.top_ks if args.top_ks is not None else [fraction(engine.model, share) for share in KEPT_SHARES]
+    settings = grid(args.methods or ("sjd", "sjd++", BEST_EXACT), args.windows or [32], top_ks=top_ks)
+    return result(args, engine, *execute(args, engine, settings, 0), "init")
+
+
+def init(args: argparse.Namespace) -> Result:
+    """Every law of entering drafts."""
+    engine = measure.load(args.model, args.dtype)
+    settings = grid(args.methods or (BEST_EXACT,), args.windows or [16, 32, 64], args.inits or INITS)
+    return result(args, engine, *execute(args, engine, settings, min(args.prompts, TRACED_PROMPTS)), "top_k")
+
+
+def refinement(args: argparse.Namespace) -> Result:
+    """The refresh rules at one window, and what limits them: how far the law of a position moves from pass to pass, by
+    its distance from the frontier and by the number of refreshes."""
+    engine = measure.load(args.model, args.dtype)
+    settings = grid(args.methods or REFRESHES, args.windows or [32])
+    rows, skipped = execute(args, engine, settings, args.prompts)
+    notes = [f"{'overlap of successive laws at distance':42}" + "".join(f"{d:7}" for d in SHOWN_DISTANCES)]
+    for row in rows:
+        for name, title in (("overlap_by_distance", "overlap"), ("kept_by_distance", "drafts that stay")):
+            curve = row.trace.get(name, ())
+            cells = [
+                format(curve[d], "7.3f") if d < len(curve) and curve[d] is not None else "" for d in SHOWN_DISTANCES
+            ]
+            if curve:
+                notes.append(
+                    f"{row.setting.label + ', W ' + str(row.setting.window) + ', ' + title:42}" + "".join(cells)
+                )
+    return result(args, engine, rows, skipped, "top_k", "init", notes=tuple(notes))
+
+
+SHOWN_DISTANCES = (0, 1, 2, 4, 8, 12, 16, 24, 30)
+
+
+def resolution(args: argparse.Namespace) -> Result:
+    """Seconds and passes against the number of tokens: the same settings on models of several image sizes."""
+    rows, skipped, engine = [], [], None
+    share = replace_minutes(args, len(args.models))
+    for name in args.models:
+        engine = measure.load(name, args.dtype)
+        settings = grid(args.methods or ("sjd", BEST_EXACT), args.windows or [16, 32, 64])
+        found, refused = execute(share, engine, settings, 0)
+        rows, skipped = rows + found, skipped + refused
+    assert engine is not None
+    report = result(args, engine, rows, skipped)
+    return replace(report, columns=columns("top_k", "init"))
+
+
+def replace_minutes(args: argparse.Namespace, parts: int) -> argparse.Namespace:
+    """The same arguments, with one part of the time."""
+    return argparse.Namespace(**(vars(args) | {"minutes": args.minutes / parts}))
