@@ -30,7 +30,7 @@ type: .venv/.ready
 	$(BIN)/mypy
 
 bench: .venv/.ready
-	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/generate.py --quick
 	$(BIN)/python bench/kernels.py
 
 clean:

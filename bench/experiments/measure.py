@@ -172,7 +172,8 @@ def measured(
     """The measure of an image that has been decoded."""
     model = engine.model
     params = replace(model.defaults.params, top_k=setting.top_k)
-    scored = score_tokens(model, model.build_prompt(prompt, None, *model.image_size), codes[None], params)
+    size = model.image_size
+    scored = score_tokens(model, model.build_prompt(prompt, None, *size), codes[None], params, model.schedule(*size))
     allowed = scored.log_probs.isfinite()
     log_probs, shares = scored.log_probs[allowed], statistics.pass_shares(stats)
     return Measured(
