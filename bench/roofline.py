@@ -48,6 +48,7 @@ from torch import Tensor
 from sjd_engine import Engine
 from sjd_engine.models.block import BlockConfig, Transformer
 from sjd_engine.models.linear import nbytes
+from sjd_engine.pack import pack
 
 LABEL = "COMPUTED, NOT MEASURED"
 WINDOWS = (1, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -61,6 +62,7 @@ PASS_LAUNCHES = (
     24  # window and embeddings 10, positions and tables 5, final norm and head 3, logits 2, verify 1, cache 3
 )
 HEAD_IN_LAUNCHES = 2
+PROMPT_TOKENS = 12  # of the model on this CPU
 HIDDEN_TRIPS, FFN_TRIPS = 14, 7  # times that a layer reads or writes a vector of this width for each token
 
 
@@ -69,7 +71,6 @@ class Family:
     """A model: its blocks, its head, and the image it draws.
 
     num_codes: rows of the head. tokens, prompt: of the image, and before it.
-    window: the family's default.
     """
 
     name: str
@@ -77,7 +78,6 @@ class Family:
     num_codes: int
     tokens: int
     prompt: int
-    window: int
     head_hidden: int = 0
 
     @property
@@ -113,16 +113,16 @@ def block(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_di
 
 
 FAMILIES = (
-    Family("emoji", block(8, 256, 768, 4, 2, 64, qkv_bias=True), 1000, 256, 12, 16),
-    Family("SimpleAR-0.5B", block(24, 896, 4864, 14, 2, 64, qkv_bias=True), 64000, 4096, 64, 64),
-    Family("SimpleAR-1.5B", block(28, 1536, 8960, 12, 2, 128, qkv_bias=True), 64000, 4096, 64, 64),
-    Family("LlamaGen-XL, text", block(36, 1280, 3584, 20, 20, 64), 16384, 1024, 120, 64),
-    Family("Janus-Pro-1B", block(24, 2048, 5632, 16, 16, 128), 16384, 576, 32, 96, head_hidden=2048),
-    Family("Janus-Pro-7B", block(30, 4096, 11008, 32, 32, 128), 16384, 576, 32, 96, head_hidden=4096),
-    Family("Anole-7B", block(32, 4096, 11008, 32, 32, 128, qk_norm=True), 8192, 1025, 32, 64),
-    Family("Lumina-mGPT-7B", block(32, 4096, 11008, 32, 32, 128, qk_norm=True), 8192, 2354, 64, 96),
-    Family("Emu3-Gen", block(32, 4096, 14336, 32, 8, 128), 32768, 8193, 64, 128),
-    Family("Lumina-mGPT-34B", block(48, 8192, 22016, 64, 8, 128, qk_norm=True), 8192, 1057, 64, 96),
+    Family("emoji", block(8, 256, 768, 4, 2, 64, qkv_bias=True), 1000, 256, 12),
+    Family("SimpleAR-0.5B", block(24, 896, 4864, 14, 2, 64, qkv_bias=True), 64000, 4096, 64),
+    Family("SimpleAR-1.5B", block(28, 1536, 8960, 12, 2, 128, qkv_bias=True), 64000, 4096, 64),
+    Family("LlamaGen-XL, text", block(36, 1280, 3584, 20, 20, 64), 16384, 1024, 120),
+    Family("Janus-Pro-1B", block(24, 2048, 5632, 16, 16, 128), 16384, 576, 32, head_hidden=2048),
+    Family("Janus-Pro-7B", block(30, 4096, 11008, 32, 32, 128), 16384, 576, 32, head_hidden=4096),
+    Family("Anole-7B", block(32, 4096, 11008, 32, 32, 128, qk_norm=True), 8192, 1025, 32),
+    Family("Lumina-mGPT-7B", block(32, 4096, 11008, 32, 32, 128, qk_norm=True), 8192, 2354, 64),
+    Family("Emu3-Gen", block(32, 4096, 14336, 32, 8, 128), 32768, 8193, 64),
+    Family("Lumina-mGPT-34B", block(48, 8192, 22016, 64, 8, 128, qk_norm=True), 8192, 1057, 64),
 )
 
 
@@ -281,19 +281,30 @@ def fastest(call: Callable[[], Any], repeats: int) -> float:
 
 def this_cpu(family: Family, repeats: int) -> Device:
     """Bandwidth of reading as many bytes as the weights have, rate of a product of the model's own matrices with many
-    rows, and time of an operator with nothing to do; each the best of several."""
+    rows, and time of an operator that has next to nothing to do, Python included; each the best of several."""
     weights = torch.ones(family.weight_bytes // FP32)
     hidden, ffn = family.block.hidden_size, family.block.intermediate_size
     x, matrix = (torch.ones(rows, hidden, dtype=torch.bfloat16) for rows in (1024, 2 * ffn))
     head_x, head = torch.ones(1024, hidden), torch.ones(family.num_codes, hidden)
-    small = torch.ones(16)
     reading = fastest(lambda: weights.sum(), repeats)
     rates = [
         2 * 1024 * right.numel() / fastest(partial(F.linear, left, right), repeats) / 1e12
         for left, right in ((x, matrix), (head_x, head))
     ]
-    idle = fastest(lambda: [small.add(1.0) for _ in range(100)], repeats) / 100
-    return Device("this CPU", weights.nbytes / reading / 1e9, *rates, memory_gb=float("inf"), launch_us=1e6 * idle)
+    latency = idle_pass(family, repeats) / cost(family, 1, 2).launches
+    return Device("this CPU", weights.nbytes / reading / 1e9, *rates, memory_gb=float("inf"), launch_us=1e6 * latency)
+
+
+def idle_pass(family: Family, repeats: int) -> float:
+    """Seconds of a pass of as many layers with next to nothing in them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "num_kv_heads": 1, "unpadded_head_dim": 16}
+    model = Transformer(replace(family.block, **sizes, max_positions=64), 16, 16)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.1)
+    model.requires_grad_(False).cast(torch.bfloat16)
+    pack(model)
+    cache, x = model.new_cache(2, 32), torch.ones(2, 1, 16, dtype=torch.bfloat16)
+    return fastest(lambda: model.logits(model(x, cache)), repeats)
 
 
 def family_of(engine: Engine) -> Family:
@@ -301,8 +312,7 @@ def family_of(engine: Engine) -> Family:
     model = engine.model
     tokens = model.schedule(*model.image_size).num_tokens
     head_hidden = 0 if model.transformer.head_in is None else model.transformer.head_in.shape[0]
-    window = model.defaults.window_size
-    return Family(model.name, model.transformer.config, model.num_codes, tokens, 8, window, head_hidden)
+    return Family(model.name, model.transformer.config, model.num_codes, tokens, PROMPT_TOKENS, head_hidden)
 
 
 def measured_passes(model: Transformer, family: Family, images: int, repeats: int) -> dict[int, float]:

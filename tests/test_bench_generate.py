@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ import torch
 from sjd_engine import Engine
 from sjd_engine.methods import METHODS
 from sjd_engine.models import checkpoint_folder
-from sjd_engine.outputs import ImageStats
 
 FILE = Path(__file__).parents[1] / "bench" / "generate.py"
 LARGEST_FIGURE = 100_000
@@ -146,7 +146,7 @@ class TestStatistics:
     def test_passes_are_shared_by_what_they_commit(self, part):
         statistics = part("statistics")
         commits = np.array([[0, 1, 1], [1, 2, 3]])
-        stats = ImageStats(4, 6, [1, 3, 1, 1], 1.0, commits, 0, 0, 0)
+        stats = SimpleNamespace(committed_per_pass=[1, 3, 1, 1], acceptance_map=commits)
         shares = statistics.pass_shares(stats)
         assert shares.sum() == pytest.approx(4)
         assert shares[0, 1] == pytest.approx(1 / 3)

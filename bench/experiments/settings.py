@@ -51,3 +51,9 @@ class Setting:
     def label(self) -> str:
         """The method and what is unusual about it."""
         return " ".join([self.method, *(f"{name}={value}" for name, value in self.options)])
+
+    @property
+    def title(self) -> str:
+        """All but the top-k, for people."""
+        init = "" if self.init == "random" else f" {self.init or 'default init'}"
+        return f"{self.label}{init}, W {self.window}"

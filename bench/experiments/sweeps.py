@@ -1,7 +1,7 @@
 """The experiments that decode the same prompts with many settings, one image at a time."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ REFRESHES = ("sjd", "sjd++", BEST_EXACT, "gumbel", "exact")  # one of each way t
 KEPT_SHARES = (1.0, 0.5, 0.25, 0.1, 0.025)  # of the vocabulary; 1 is no top-k
 TOP_K_SHARE = 0.25  # the papers keep 2000 of 8192 codes
 TRACED_PROMPTS = 4
+CURVES = {"overlap_by_distance": "overlap of laws", "kept_by_distance": "drafts that stay"}
+SHOWN_DISTANCES = (0, 1, 2, 4, 8, 12, 16, 24, 30)
 COLUMNS = (
     Column("model", "model"),
     Column("tokens", "num_tokens", "d"),
@@ -73,17 +75,25 @@ def fraction(model: ImageModel, share: float) -> int:
     return 0 if share >= 1 else max(1, round(share * model.num_codes))
 
 
-def execute(args: argparse.Namespace, engine: Engine, settings: list[Setting], traced: int, **words: Any) -> Any:
-    settings = list(dict.fromkeys(settings))
+def execute(
+    args: argparse.Namespace,
+    engine: Engine,
+    settings: list[Setting],
+    *,
+    traced: int = 0,
+    parts: int = 1,
+    also: Callable[[str, int], None] | None = None,
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """See `measure.run`; `parts` share the time."""
     return measure.run(
         engine,
-        settings,
+        list(dict.fromkeys(settings)),
         prompts.take(args.prompts),
         seed=args.seed,
-        minutes=args.minutes,
+        minutes=args.minutes / parts,
         traced=traced,
         name=args.experiment,
-        **words,
+        also=also,
     )
 
 
@@ -94,7 +104,7 @@ def result(
     skipped: list[dict],
     *left_out: str,
     documents: list[dict[str, Any]] | None = None,
-    notes: tuple[str, ...] = (),
+    notes: Sequence[str] = (),
 ) -> Result:
     """What every sweep reports, and the machine it ran on."""
     params, dtype = engine.model.defaults.params, engine.model.transformer.dtype
@@ -139,24 +149,45 @@ def methods(args: argparse.Namespace) -> Result:
             notes.append(f"transformers generate: {fastest}; seconds of each setting {seconds}")
         except (*measure.REFUSALS, ImportError, OSError) as refusal:
             notes.append(f"without transformers' generate: {refusal}")
-    also = peer.take if peer else None
-    rows, skipped = execute(args, engine, settings, min(args.prompts, TRACED_PROMPTS), also=also)
+    also = None if peer is None else peer.take
+    rows, skipped = execute(args, engine, settings, traced=TRACED_PROMPTS, also=also)
     documents = [row.document(rows) for row in rows]
     if peer is not None:
         for row, document in zip(rows, documents, strict=True):
-            columns = peer.taken, row.column("seconds")
-            document["seconds_vs_transformers"] = interval(statistics.ratio, *columns).rounded()
-        taken = interval(statistics.mean, peer.taken).rounded()
-        notes.append(f"transformers generate: {taken[0]:.3f} s an image [{taken[1]:.3f}, {taken[2]:.3f}], no top-k")
-    return result(args, engine, rows, skipped, documents=documents, notes=tuple(notes))
+            times = interval(statistics.ratio, peer.taken, row.column("seconds"))
+            document["seconds_vs_transformers"] = times.rounded()
+        taken = interval(statistics.mean, peer.taken)
+        notes.append(
+            f"transformers generate: {taken.value:.3f} s an image [{taken.low:.3f}, {taken.high:.3f}], no top-k"
+        )
+    notes += [line for top_k in top_ks for line in verdict(rows, top_k)]
+    return result(args, engine, rows, skipped, documents=documents, notes=notes)
+
+
+def verdict(rows: list[Row], top_k: int) -> list[str]:
+    """The best lossless row against the best ones of `sjd` and of `sjd++` with its default threshold."""
+    same = [row for row in rows if row.setting.top_k == top_k]
+    plain = [row for row in same if not row.setting.options and row.setting.init == "random"]
+    lossless = [row for row in same if METHODS[row.setting.method].lossless and row.setting.method not in ("ar", "sjd")]
+    lines = []
+    for what in ("nfe", "seconds"):
+        for peer in ("sjd", "sjd++"):
+            others = [row for row in plain if row.setting.method == peer]
+            if lossless and others:
+                best, base = (min(group, key=lambda row: sum(row.column(what))) for group in (lossless, others))
+                times = interval(statistics.ratio, base.column(what), best.column(what))
+                lines.append(
+                    f"top-k {top_k or 'off'}, {what}: {best.setting.title} is {times.value:.2f} [{times.low:.2f}, "
+                    f"{times.high:.2f}] times better than {base.setting.title}"
+                )
+    return lines
 
 
 def window(args: argparse.Namespace) -> Result:
     """Fixed windows and "auto", against the fastest fixed one of the same method."""
     engine = measure.load(args.model, args.dtype)
     windows = args.windows or [4, 8, 12, 16, 24, 32, 48, 64, 96]
-    settings = grid(args.methods or ("sjd", "sjd++", BEST_EXACT), [*windows, "auto"])
-    rows, skipped = execute(args, engine, settings, 0)
+    rows, skipped = execute(args, engine, grid(args.methods or ("sjd", "sjd++", BEST_EXACT), [*windows, "auto"]))
     documents = []
     for row in rows:
         fixed = [r for r in rows if r.setting.method == row.setting.method and isinstance(r.setting.window, int)]
@@ -171,14 +202,14 @@ def topk(args: argparse.Namespace) -> Result:
     engine = measure.load(args.model, args.dtype)
     top_ks = args.top_ks if args.top_ks is not None else [fraction(engine.model, share) for share in KEPT_SHARES]
     settings = grid(args.methods or ("sjd", "sjd++", BEST_EXACT), args.windows or [32], top_ks=top_ks)
-    return result(args, engine, *execute(args, engine, settings, 0), "init")
+    return result(args, engine, *execute(args, engine, settings), "init")
 
 
 def init(args: argparse.Namespace) -> Result:
     """Every law of entering drafts."""
     engine = measure.load(args.model, args.dtype)
     settings = grid(args.methods or (BEST_EXACT,), args.windows or [16, 32, 64], args.inits or INITS)
-    return result(args, engine, *execute(args, engine, settings, min(args.prompts, TRACED_PROMPTS)), "top_k")
+    return result(args, engine, *execute(args, engine, settings, traced=TRACED_PROMPTS), "top_k")
 
 
 def refinement(args: argparse.Namespace) -> Result:
@@ -186,38 +217,29 @@ def refinement(args: argparse.Namespace) -> Result:
     its distance from the frontier and by the number of refreshes."""
     engine = measure.load(args.model, args.dtype)
     settings = grid(args.methods or REFRESHES, args.windows or [32])
-    rows, skipped = execute(args, engine, settings, args.prompts)
-    notes = [f"{'overlap of successive laws at distance':42}" + "".join(f"{d:7}" for d in SHOWN_DISTANCES)]
+    rows, skipped = execute(args, engine, settings, traced=args.prompts)
+    notes = [f"{'at distance from the frontier':42}" + "".join(f"{d:7}" for d in SHOWN_DISTANCES)]
     for row in rows:
-        for name, title in (("overlap_by_distance", "overlap"), ("kept_by_distance", "drafts that stay")):
-            curve = row.trace.get(name, ())
-            cells = [
-                format(curve[d], "7.3f") if d < len(curve) and curve[d] is not None else "" for d in SHOWN_DISTANCES
-            ]
-            if curve:
-                notes.append(
-                    f"{row.setting.label + ', W ' + str(row.setting.window) + ', ' + title:42}" + "".join(cells)
-                )
-    return result(args, engine, rows, skipped, "top_k", "init", notes=tuple(notes))
+        for curve, meaning in CURVES.items():
+            if curve in row.trace:
+                cells = (shown(row.trace[curve], distance) for distance in SHOWN_DISTANCES)
+                notes.append(f"{row.setting.title + ', ' + meaning:42}" + "".join(cells))
+    return result(args, engine, rows, skipped, "top_k", "init", notes=notes)
 
 
-SHOWN_DISTANCES = (0, 1, 2, 4, 8, 12, 16, 24, 30)
+def shown(curve: list[float | None], distance: int) -> str:
+    value = curve[distance] if distance < len(curve) else None
+    return f"{'' if value is None else format(value, '.3f'):>7}"
 
 
 def resolution(args: argparse.Namespace) -> Result:
     """Seconds and passes against the number of tokens: the same settings on models of several image sizes."""
-    rows, skipped, engine = [], [], None
-    share = replace_minutes(args, len(args.models))
+    rows: list[Row] = []
+    skipped: list[dict[str, Any]] = []
     for name in args.models:
         engine = measure.load(name, args.dtype)
         settings = grid(args.methods or ("sjd", BEST_EXACT), args.windows or [16, 32, 64])
-        found, refused = execute(share, engine, settings, 0)
+        found, refused = execute(args, engine, settings, parts=len(args.models))
         rows, skipped = rows + found, skipped + refused
-    assert engine is not None
     report = result(args, engine, rows, skipped)
     return replace(report, columns=columns("top_k", "init"))
-
-
-def replace_minutes(args: argparse.Namespace, parts: int) -> argparse.Namespace:
-    """The same arguments, with one part of the time."""
-    return argparse.Namespace(**(vars(args) | {"minutes": args.minutes / parts}))
