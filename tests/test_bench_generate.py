@@ -34,6 +34,7 @@ EXTRA = {
     "init": ["--inits", "random", "above-sample", "--methods", "sjd"],
     "window": ["--windows", "2", "4", "--prompts", "2", "--methods", "sjd"],
     "synthetic": ["--synthetic-accept", "0.5", "--windows", "1", "3"],
+    "resolution": ["--methods", "sjd"],
     "control": ["--new-tokens", "4"],
 }
 
