@@ -68,6 +68,7 @@ class Text:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
         file = smollm2()
         assert file is not None
         arguments = {"gguf_file": file.name}
