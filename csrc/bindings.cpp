@@ -68,10 +68,10 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
             const Strides& previous_strides, int64_t batch_size, int64_t window_size, int64_t next_window_size,
             int64_t max_window_size, int64_t vocab_size, int64_t num_tokens, uintptr_t tokens, uintptr_t num_committed, uintptr_t iteration, uintptr_t commit_pass,
             uintptr_t law_row, uintptr_t laws, uintptr_t zero_residual, uintptr_t nonfinite_rows,
-            uintptr_t zero_draft_prob, uintptr_t num_accepted, uintptr_t forced_ids, uintptr_t row_start,
-            uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale, uintptr_t temperature, uintptr_t top_k,
-            uintptr_t top_p, uintptr_t reuse_threshold, const std::string& accept, const std::string& refresh,
-            const std::string& init, int num_threads) {
+            uintptr_t zero_draft_prob, uintptr_t num_accepted, uintptr_t drafted, uintptr_t drafted_scale,
+            uintptr_t forced_ids, uintptr_t row_start, uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale,
+            uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t reuse_threshold,
+            const std::string& accept, const std::string& refresh, const std::string& init, int num_threads) {
   constexpr int64_t kMost = INT32_MAX;
   check_range(kVerify, "batch_size", batch_size, 1, kMost);
   check_range(kVerify, "max_window_size", max_window_size, 1, kMost);
@@ -102,6 +102,8 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
   p.nonfinite_rows = required<int64_t>(kVerify, "nonfinite_rows", nonfinite_rows);
   p.zero_draft_prob = required<int64_t>(kVerify, "zero_draft_prob", zero_draft_prob);
   p.num_accepted = required<int64_t>(kVerify, "num_accepted", num_accepted);
+  p.drafted = optional<float>(drafted);
+  p.drafted_scale = optional<float>(drafted_scale);
   p.forced_ids = optional<int64_t>(forced_ids);
   p.row_start = required<int64_t>(kVerify, "row_start", row_start);
   p.above = required<int64_t>(kVerify, "above", above);
@@ -399,6 +401,7 @@ PYBIND11_MODULE(_C, m) {
         arg("next_window_size"), arg("max_window_size"), arg("vocab_size"),
         arg("num_tokens"), arg("tokens"), arg("num_committed"), arg("iteration"), arg("commit_pass"), arg("law_row"),
         arg("laws"), arg("zero_residual"), arg("nonfinite_rows"), arg("zero_draft_prob"), arg("num_accepted"),
+        arg("drafted"), arg("drafted_scale"),
         arg("forced_ids"), arg("row_start"), arg("above"), arg("seeds"), arg("guidance_scale"), arg("temperature"),
         arg("top_k"), arg("top_p"), arg("reuse_threshold"), arg("accept"), arg("refresh"), arg("init"),
         arg("num_threads"),

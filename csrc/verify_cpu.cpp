@@ -17,7 +17,8 @@ constexpr int64_t kLogitsForThreads = 1 << 17;
 // Tokens that are worked on while they stand in the first-level cache; a multiple of kBlock.
 constexpr int kTile = 1024;
 
-constexpr int32_t kUniform = -1, kOneHot = -2;  // values of law_row where the draft's law is no row of the last pass
+// Values of law_row where the draft's law is no row of the last pass.
+constexpr int32_t kUniform = -1, kOneHot = -2, kDrafted = -3;
 
 // Memory for one row, kept by each thread.
 struct Scratch {
@@ -211,6 +212,11 @@ class Pass {
       const RowLaw& law = previous_law(b, from);
       weigh_row(p_.previous_logits, law, b, from, first_id, n, keys, weights);
       return law.scale;
+    }
+    if (from == kDrafted) {
+      const int64_t at = b * p_.max_window_size + i;
+      std::copy_n(p_.drafted + at * p_.vocab_size + first_id, n, weights);
+      return p_.drafted_scale[at];
     }
     std::fill_n(weights, n, from == kUniform ? 1.0f : 0.0f);
     const int64_t hot = row(b, i).draft - first_id;

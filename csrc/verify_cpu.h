@@ -30,6 +30,9 @@ struct VerifyParams {
   int64_t* zero_draft_prob;  // [B]
   int64_t* num_accepted;     // [B], output
 
+  const float* drafted;        // [B, W, V], or null without a drafter
+  const float* drafted_scale;  // [B, W], or null
+
   const int64_t* forced_ids;  // [T], or null
   const int64_t* row_start;   // [T]
   const int64_t* above;       // [T]

@@ -39,7 +39,7 @@ BATCH_SIZE, WINDOW_SIZE, ROWS, COLS, TILED_VOCAB = 2, 96, 48, 48, 65536  # what 
 # deterministic one.
 VARIANTS = {
     "maximal": {"accept": "ratio", "refresh": "maximal", "init": "random"},
-    "widest": {"accept": "ratio", "refresh": "reuse", "init": "above-sample"},  # and temperature, top-p, forced tokens
+    "widest": {"accept": "ratio", "refresh": "reuse", "init": "above-sample"},  # and all that is optional
     "exact": {"accept": "match", "refresh": "gumbel", "init": "random"},
 }
 VARIANT_TARGETS = {"maximal": TARGETS, "widest": ("sm_80", "sm_90", "gfx942"), "exact": ("sm_90",)}
@@ -71,7 +71,8 @@ class VerifyKernel:
         every = self.variant == "widest"
         floats, ints = torch.ones(BATCH_SIZE), torch.ones(BATCH_SIZE, dtype=torch.int64)
         positions = torch.empty(num_tokens, dtype=torch.int64)
-        state = WindowState.new(BATCH_SIZE, num_tokens, WINDOW_SIZE, "cpu")
+        drafted_codes = vocab_size if every else 0
+        state = WindowState.new(BATCH_SIZE, num_tokens, WINDOW_SIZE, "cpu", drafted_codes=drafted_codes)
         logits = torch.empty(2, BATCH_SIZE, WINDOW_SIZE, vocab_size, dtype=DTYPES[self.dtype])
         state.previous_logits = torch.empty_like(logits)
         verify(

@@ -7,7 +7,8 @@ Glossary (B sequences, W window, V image vocabulary, T tokens of an image):
     row i             the output of slot i: it predicts position C + i, where C tokens are committed. The draft for that
                       position stands in slot i + 1; the last row has no draft in the window.
     target_probs p    the model's law for a position after guidance, temperature, top-k and top-p.
-    draft_probs q     the law the draft was drawn from: a row of the previous pass's logits, uniform, or one-hot.
+    draft_probs q     the law the draft was drawn from: a row of the previous pass's logits, uniform, one-hot, or what a
+                      drafter gave.
     accept            r * q(d) < p(d) with r uniform ("ratio"), or d is the very token the target would draw ("match").
     recovered token   drawn from the residual norm(max(p - q, 0)) where the first draft was rejected.
     bonus token       drawn from p of the last row when every draft was accepted.
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from . import philox
 from .arithmetic import ONE, draw, exp, fixed_point
-from .state import ONE_HOT, UNIFORM, Grid, VerifyResult, WindowState, reads_previous_logits
+from .state import DRAFTED, ONE_HOT, UNIFORM, Grid, VerifyResult, WindowState, reads_previous_logits
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -266,6 +267,9 @@ def draft_laws(
     law_row = state.law_row[:, : drafts.shape[1], None]
     laws = torch.where(law_row == UNIFORM, torch.tensor(1.0 / vocab_size), 0.0)
     laws = laws + ((law_row == ONE_HOT) & (torch.arange(vocab_size, device=drafts.device) == drafts[..., None]))
+    if state.drafted is not None and state.drafted_scale is not None:
+        drafted = (state.drafted * state.drafted_scale[..., None])[:, : drafts.shape[1]]
+        laws = torch.where(law_row == DRAFTED, drafted, laws)
     if state.previous_logits is None:
         return laws
     sequences = torch.arange(len(drafts), device=drafts.device)
@@ -282,6 +286,50 @@ def coupled_draw(weights: Tensor, z: Tensor, refresh: str, seeds: Tensor, positi
     if refresh == "gumbel":
         score = score + philox.gumbel_noise(seeds, positions, z.shape[-1])
     return torch.where(weights > 0, score, NEGATIVE_INFINITY).argmax(-1)
+
+
+def law_weights(
+    state: WindowState,
+    logits: Tensor,
+    rows: Tensor,
+    guidance_scale: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
+    """[B, N, V] float32 in [0, 1]: laws of rows [B, N] of the pass that `logits` were verified in, before they are
+    scaled to sum to 1. Rows that were forced or past the image's end have none."""
+    sequences = torch.arange(len(rows), device=rows.device)[:, None]
+    z = combine(logits[..., sequences, rows, :], guidance_scale, temperature)
+    law = RowLaw(*state.laws[(state.iteration[:, None] + 1) % 2, sequences, rows].unbind(-1))
+    return row_weights(z, law)
+
+
+def redraft(state: WindowState, grid: Grid, seeds: Tensor, first_row: int, weights: Tensor, where: Tensor) -> None:
+    """Draw drafts of the next window anew, each from a law of its own, which the next pass verifies it by.
+
+    It stays exact where the choice of drafts and their laws depend on laws and on earlier tokens alone (rules C2, C3).
+
+    Args:
+        state: after `verify`; its tokens, law_row, drafted and drafted_scale are written.
+        seeds: [B] int64.
+        first_row: drafts stand in rows; these are first_row .. first_row + N - 1, of positions num_committed + row.
+        weights: [B, N, V] float32 in [0, 1], the laws before they are scaled to sum to 1; at least one of each law is
+            near 1.
+        where: [B, N] bool. The others, forced positions and those past the image's end stay as they are.
+    """
+    rows = torch.arange(first_row, first_row + weights.shape[1], device=seeds.device)
+    positions = state.num_committed[:, None] + rows
+    where = where & (positions < grid.num_tokens)
+    if grid.forced_ids is not None:
+        where = where & (grid.forced_ids[positions.clamp_max(grid.num_tokens - 1)] < 0)
+    words = philox.draw_words(seeds, positions, state.iteration, philox.WINDOW).squeeze(-1)[philox.INIT]
+    tokens = torch.where(where, draw(weights, words), state.tokens.gather(1, positions + 1))
+    state.tokens.scatter_(1, positions + 1, tokens)
+    scale = (ONE / fixed_point(weights).sum(-1).double()).float()
+    drafted = slice(first_row, first_row + weights.shape[1])
+    law_row, laws, scales = (t[:, drafted] for t in (state.law_row, state.drafted, state.drafted_scale))
+    law_row.masked_fill_(where, DRAFTED)
+    laws.copy_(torch.where(where[..., None], weights, laws))
+    scales.copy_(torch.where(where, scale, scales))
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:

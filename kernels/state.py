@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNIFORM, ONE_HOT = -1, -2  # values of WindowState.law_row where the draft's law is no row of the previous pass
+# Values of WindowState.law_row where the draft's law is no row of the previous pass.
+UNIFORM, ONE_HOT, DRAFTED = -1, -2, -3
 
 
 @dataclass
@@ -21,13 +22,16 @@ class WindowState:
     commit_pass: [B, T + W] int64. The pass in which each token was committed, from 0; -1 before. Columns past T are
         scratch.
     law_row: [B, W] int32. The law q that the draft of row i was drawn from: row `law_row` of the previous pass's
-        logits, or UNIFORM, or ONE_HOT on the draft. The last row of a window has no draft.
+        logits, or UNIFORM, or ONE_HOT on the draft, or DRAFTED: row i of `drafted`. The last row of a window has no
+        draft.
     laws: [2, B, W, 4] float32. What turns a row of logits into a law, see `reference.RowLaw`; those of iteration n lie
         at n % 2. No probability is stored: q is computed again from the previous logits, and is bitwise what p was.
     previous_logits: the logits of the last pass, the caller's own tensor; None before, and where no method reads it.
     zero_residual, nonfinite_rows, zero_draft_prob: [B] int64 counters: recovered tokens drawn from p because the
         residual had no mass (rounding), rows without one finite logit, and drafts outside their own law (a bug, never
         seen where rules C1 and C2 hold).
+    drafted: [B, W, V] float32 in [0, 1] and drafted_scale: [B, W] float32. Laws that a drafter gave the drafts of the
+        next pass: q = drafted * drafted_scale. None without a drafter.
     published: [B, W, 4] int64 and ticket: [B] int32, scratch of the fused kernel: what its programs tell the one that
         finishes a sequence.
     """
@@ -44,14 +48,24 @@ class WindowState:
     zero_draft_prob: Tensor
     published: Tensor
     ticket: Tensor
+    drafted: Tensor | None = None
+    drafted_scale: Tensor | None = None
 
     @property
     def max_window_size(self) -> int:
         return self.law_row.shape[1]
 
     @classmethod
-    def new(cls, batch_size: int, num_tokens: int, max_window_size: int, device: torch.device | str) -> "WindowState":
-        """Nothing committed, and no drafts yet: `start` enters them."""
+    def new(
+        cls,
+        batch_size: int,
+        num_tokens: int,
+        max_window_size: int,
+        device: torch.device | str,
+        *,
+        drafted_codes: int = 0,
+    ) -> "WindowState":
+        """Nothing committed, and no drafts yet: `start` enters them. `drafted_codes`: V where there is a drafter."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -71,6 +85,8 @@ class WindowState:
             zero_draft_prob=zeros(batch_size),
             published=zeros(batch_size, max_window_size, 4),
             ticket=torch.zeros(batch_size, dtype=torch.int32, device=device),
+            drafted=torch.zeros(batch_size, max_window_size, drafted_codes, device=device) if drafted_codes else None,
+            drafted_scale=torch.zeros(batch_size, max_window_size, device=device) if drafted_codes else None,
         )
 
 

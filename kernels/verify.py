@@ -34,11 +34,12 @@ from .device import (
     window_words,
 )
 from .select import select
+from .state import DRAFTED as DRAFTED_LAW
 from .state import ONE_HOT as ONE_HOT_LAW
 from .state import UNIFORM as UNIFORM_LAW
 from .state import Grid, VerifyResult, WindowState, reads_previous_logits
 
-UNIFORM, ONE_HOT = tl.constexpr(UNIFORM_LAW), tl.constexpr(ONE_HOT_LAW)
+UNIFORM, ONE_HOT, DRAFTED = tl.constexpr(UNIFORM_LAW), tl.constexpr(ONE_HOT_LAW), tl.constexpr(DRAFTED_LAW)
 # What a row publishes: FLAGS, and the tokens it would put out as the first rejected row, as any later row, and for the
 # position that enters with its law.
 FLAGS, RECOVERED, REFRESHED, ENTERING = (tl.constexpr(i) for i in range(4))
@@ -54,14 +55,17 @@ def _load_law(laws_ptr):
 
 
 @triton.jit
-def _tile_residual(row, law, previous, q_law, q_row, draft, tile, TILE: tl.constexpr, NUM_TILES: tl.constexpr):
-    """[TILE] int64: max(p - q, 0) in fixed point."""
+def _tile_residual(row, law, previous, drafted, q_law, q_row, draft, tile, TILE: tl.constexpr, NUM_TILES: tl.constexpr):
+    """[TILE] int64: max(p - q, 0) in fixed point. `drafted`: the row's weights that a drafter gave, or None."""
     ids = tile_ids(tile, TILE)
     p = tile_weights(row, law, tile, TILE, NUM_TILES) * law.scale
     flat = tl.where(q_row == UNIFORM, q_law.scale, 0.0)
     q = tl.where((q_row == ONE_HOT) & (ids == draft), 1.0, flat)
     if q_row >= 0:
         q = weight(combine(previous, ids, ids < row.vocab), ids, q_law) * q_law.scale
+    if drafted is not None:
+        if q_row == DRAFTED:
+            q = tl.load(drafted + ids, mask=ids < row.vocab, other=0.0) * q_law.scale
     return fixed_point(tl.maximum(tl.where(ids < row.vocab, p - q, 0.0), 0.0))
 
 
@@ -80,12 +84,14 @@ def _draw_target(row, law, total, word, TILE: tl.constexpr, NUM_TILES: tl.conste
 
 
 @triton.jit
-def _draw_residual(row, law, previous, q_law, q_row, draft, total, word, TILE: tl.constexpr, NUM_TILES: tl.constexpr):
+def _draw_residual(
+    row, law, previous, drafted, q_law, q_row, draft, total, word, TILE: tl.constexpr, NUM_TILES: tl.constexpr
+):
     """A token drawn from the residual; `total`: its weight."""
     target = share(word, total)
     before, token = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
     for tile in range(NUM_TILES):
-        weights = _tile_residual(row, law, previous, q_law, q_row, draft, tile, TILE, NUM_TILES)
+        weights = _tile_residual(row, law, previous, drafted, q_law, q_row, draft, tile, TILE, NUM_TILES)
         mass = tl.sum(weights)
         if (before <= target) & (target < before + mass):
             token = tile * TILE + tl.sum((tl.cumsum(weights, 0) <= target - before).to(tl.int64))
@@ -138,6 +144,8 @@ def _verify_kernel(
     zero_draft_prob_ptr,  # [B] int64
     published_ptr,  # [B, W, 4] int64
     ticket_ptr,  # [B] int32
+    drafted_ptr,  # [B, W, V] float32 or None
+    drafted_scale_ptr,  # [B, W] float32 or None
     num_accepted_ptr,  # [B] int64, out
     committed_out_ptr,  # [B] int64, out
     forced_ids_ptr,  # [T] int64 or None
@@ -229,6 +237,12 @@ def _verify_kernel(
             previous = Row(
                 None, previous_row_ptr, previous_stride_v, previous_stride_pair, vocab, guidance, inv_temperature
             )
+        drafted = None
+        if drafted_ptr is not None:
+            drafted_row = sequence * max_window_size + window_row
+            drafted = drafted_ptr + drafted_row * vocab
+            if q_row == DRAFTED:
+                q_law = Law(q_law.peak, tl.load(drafted_scale_ptr + drafted_row), q_law.cut, q_law.cut_id)
 
         # The law p of the target.
         peak = tl.cast(NEGATIVE_INFINITY, tl.float32)
@@ -263,6 +277,9 @@ def _verify_kernel(
             if q_row >= 0:
                 z = combine(previous, draft_id, draft_id >= 0)
                 q_draft = weight(z, draft_id, q_law) * q_law.scale
+            if drafted is not None:
+                if q_row == DRAFTED:
+                    q_draft = tl.load(drafted + draft_id) * q_law.scale
             u = (accept_word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
             passed = u * q_draft.to(tl.float64) < p_draft.to(tl.float64)
             impossible = has_draft & (q_draft <= 0)
@@ -272,13 +289,14 @@ def _verify_kernel(
                 if has_draft & (peak > NEGATIVE_INFINITY):
                     for tile in range(NUM_TILES):
                         residual_total += tl.sum(
-                            _tile_residual(row, law, previous, q_law, q_row, draft_id, tile, TILE, NUM_TILES)
+                            _tile_residual(row, law, previous, drafted, q_law, q_row, draft_id, tile, TILE, NUM_TILES)
                         )
                     empty = residual_total == 0
                 if residual_total > 0:
                     recovered = _draw_residual(
-                        row, law, previous, q_law, q_row, draft_id, residual_total, residual_word, TILE, NUM_TILES
-                    )
+                        row, law, previous, drafted, q_law, q_row, draft_id, residual_total, residual_word, TILE,
+                        NUM_TILES,
+                    )  # fmt: skip
                 else:
                     recovered = _draw_target(row, law, total, residual_word, TILE, NUM_TILES)
                 refreshed = recovered
@@ -433,6 +451,8 @@ def verify(
         state.zero_draft_prob,
         state.published,
         state.ticket,
+        state.drafted if reads_previous else None,
+        state.drafted_scale if reads_previous else None,
         num_accepted,
         num_committed,
         grid.forced_ids,

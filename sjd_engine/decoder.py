@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine import ops
+from sjd_engine.drafting import Drafter, Drafts
 from sjd_engine.methods import check_init, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
@@ -66,6 +67,7 @@ class JacobiDecoder:
         schedule: forced tokens and grid; None: T free tokens in one row.
         init: how new drafts enter: random, left-repeat, above-repeat, left-sample, above-sample.
         reuse_threshold: tau of `sjd++`, > 0.
+        drafter: what draws drafts anew after each pass; None leaves them to `init`.
         device: where the state lives.
     Raises: ValueError naming the argument, what was expected and what it got.
     """
@@ -84,6 +86,7 @@ class JacobiDecoder:
         schedule: Schedule | None = None,
         init: str = "random",
         reuse_threshold: float = 0.5,
+        drafter: Drafter | None = None,
         device: torch.device | str = "cpu",
     ):
         max_window_size = window_size if max_window_size is None else max_window_size
@@ -111,6 +114,7 @@ class JacobiDecoder:
         self.params = params or SamplingParams()
         self.schedule, self.vocab_size = schedule, vocab_size
         self.reuse_threshold = reuse_threshold
+        self._drafter = drafter
         self.device = torch.device(device)
         self._grid = schedule.grid(self.device)
         self._row_params = [self.params] * batch_size
@@ -120,7 +124,10 @@ class JacobiDecoder:
         self._state = self._first_state(self._seeds)
 
     def _first_state(self, seeds: Tensor) -> ops.WindowState:
-        state = ops.WindowState.new(len(seeds), self.num_tokens, self.max_window_size, self.device)
+        drafted_codes = self.vocab_size if self._drafter else 0
+        state = ops.WindowState.new(
+            len(seeds), self.num_tokens, self.max_window_size, self.device, drafted_codes=drafted_codes
+        )
         arguments = {"window_size": self.max_window_size, "init": self.init, "vocab_size": self.vocab_size}
         ops.start(state, self._grid, seeds=seeds, **arguments)
         return state
@@ -144,7 +151,11 @@ class JacobiDecoder:
         return ids.masked_fill(past, 0), (slots - 1).masked_fill(past, self.num_tokens)
 
     def verify(
-        self, logits: Tensor, previous_logits: Tensor | None = None, next_window_size: int | None = None
+        self,
+        logits: Tensor,
+        previous_logits: Tensor | None = None,
+        next_window_size: int | None = None,
+        hidden: Tensor | None = None,
     ) -> ops.VerifyResult:
         """One pass: slot i of `logits` predicts position positions[:, i] + 1.
 
@@ -156,6 +167,7 @@ class JacobiDecoder:
                 None for those of the last call.
             next_window_size: W of the next pass, in 1..max_window_size; None: that of this one. What it is must depend
                 on committed tokens alone, never on drafts: only then does the law of the images stay as it is.
+            hidden: what the transformer made of the slots, for a drafter that reads it.
         Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
         Raises: ValueError where the shape differs; the state is unchanged.
         """
@@ -191,7 +203,22 @@ class JacobiDecoder:
             **self.warp_arguments,
         )
         self.window_size = next_window_size
+        if self._drafter is not None and next_window_size > 1:
+            self._drafter(self._drafts(logits, result, hidden))
         return result
+
+    def _drafts(self, logits: Tensor, result: ops.VerifyResult, hidden: Tensor | None) -> Drafts:
+        return Drafts(
+            self._state,
+            self._grid,
+            self._seeds,
+            logits,
+            first=result.num_committed - result.num_accepted - 1,  # at the image's end less, where nothing is drafted
+            num_drafts=self.window_size - 1,
+            guidance_scale=self.warp_arguments["guidance_scale"],
+            temperature=self.warp_arguments["temperature"],
+            hidden=hidden,
+        )
 
     # ---------------------------------------------------------------------------------------- sequences come and go
 

@@ -106,6 +106,8 @@ def verify(
         nonfinite_rows=_address("nonfinite_rows", state.nonfinite_rows, torch.int64),
         zero_draft_prob=_address("zero_draft_prob", state.zero_draft_prob, torch.int64),
         num_accepted=num_accepted.data_ptr(),
+        drafted=_address("drafted", state.drafted, torch.float32),
+        drafted_scale=_address("drafted_scale", state.drafted_scale, torch.float32),
         forced_ids=_address("forced_ids", grid.forced_ids, torch.int64),
         row_start=_address("row_start", grid.row_start, torch.int64),
         above=_address("above", grid.above, torch.int64),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sjd_engine import attention, kernels, native
 from sjd_engine.kernels import paged, reference
-from sjd_engine.kernels.reference import start, warp
+from sjd_engine.kernels.reference import law_weights, redraft, start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 
 __all__ = [
@@ -34,7 +34,9 @@ __all__ = [
     "WindowState",
     "backend",
     "kv_ops",
+    "law_weights",
     "reads_previous_logits",
+    "redraft",
     "start",
     "verify",
     "warp",
@@ -194,6 +196,7 @@ _library.define(
     "verify(Tensor logits, Tensor? previous_logits, Tensor(a!) tokens, Tensor(b!) num_committed, Tensor(c!) iteration, "
     "Tensor(d!) commit_pass, Tensor(e!) law_row, Tensor(f!) laws, Tensor(g!) zero_residual, "
     "Tensor(h!) nonfinite_rows, Tensor(i!) zero_draft_prob, Tensor(j!) published, Tensor(k!) ticket, "
+    "Tensor? drafted, Tensor? drafted_scale, "
     "Tensor? forced_ids, Tensor row_start, Tensor above, int cols, Tensor seeds, Tensor? guidance_scale, "
     "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? reuse_threshold, int window_size, "
     "int? next_window_size, str accept, str refresh, str init) -> (Tensor num_accepted, Tensor num_committed)"

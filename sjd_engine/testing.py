@@ -15,7 +15,7 @@ from sjd_engine.methods import get_method
 from sjd_engine.models.base import Context, ImageModel, Prompt
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.weights import Piece, block_config, hf_layout, rows
-from sjd_engine.ops import VerifyResult, WindowState, start, warp
+from sjd_engine.ops import VerifyResult, WindowState, redraft, start, warp
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -268,6 +268,7 @@ class VerifyCase:
     Logits belong to positions: those of pass n are `spread` times fixed noise plus `drift` times noise of the pass.
     bad: share of logits that are NaN or infinite, and of rows that have no finite logit. ties: logits are rounded.
     windows: of passes that take turns with them, at most window_size; none: all have that one.
+    redrafted: share of the drafts that a drafter draws anew between two passes.
     """
 
     method: str
@@ -286,6 +287,7 @@ class VerifyCase:
     reuse_threshold: float = 0.5
     first_seed: int = 0
     windows: tuple[int, ...] = ()
+    redrafted: float = 0.0
 
     def window(self, iteration: int) -> int:
         """That of a pass."""
@@ -325,7 +327,10 @@ class VerifyCase:
         """What `verify` decides and leaves behind on `device`, pass after pass, as tensors on the CPU."""
         method, grid = get_method(self.method), self.schedule.grid(device)
         max_window = 1 if method.one_token else self.window_size
-        state = WindowState.new(self.batch_size, self.schedule.num_tokens, max_window, device)
+        drafted_codes = self.vocab_size if self.redrafted else 0
+        state = WindowState.new(
+            self.batch_size, self.schedule.num_tokens, max_window, device, drafted_codes=drafted_codes
+        )
         seeds = torch.arange(self.first_seed, self.first_seed + self.batch_size) * 0x9E3779B97F4A7C15 % (1 << 62)
         seeds = seeds.to(device)
         start(state, grid, window_size=max_window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
@@ -346,10 +351,25 @@ class VerifyCase:
                 reuse_threshold=torch.full((self.batch_size,), self.reuse_threshold, device=device),
                 **warping,
             )
+            if self.redrafted and self.window(iteration + 1) > 1:
+                weights, where = self.drafter_laws(iteration)
+                redraft(state, grid, seeds, 0, weights.to(device), where.to(device))
             on_host = WindowState(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()})
             result = VerifyResult(result.num_accepted.cpu(), result.num_committed.cpu())
             passes.append(self.decisions(on_host, result, first, iteration))
         return passes
+
+    def drafter_laws(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """Weights [B, N, V] with zeros among them, and where they are drafted from, [B, N]."""
+        shape = (self.window(iteration + 1) - 1, self.vocab_size)
+        weights, where = [], []
+        for sequence in range(self.batch_size):
+            generator = torch.Generator().manual_seed(1000 * (self.first_seed + sequence) + 500 + iteration)
+            heights, kept, chosen = (torch.rand(shape, generator=generator) for _ in range(3))
+            weights.append(torch.where(kept < 0.6, heights**4, 0.0))
+            weights[-1][:, sequence % self.vocab_size] = 1.0
+            where.append(chosen[:, 0] < self.redrafted)
+        return torch.stack(weights), torch.stack(where)
 
     def decisions(self, state: WindowState, result: VerifyResult, first: Tensor, iteration: int) -> dict[str, Tensor]:
         """Everything that later passes read; scratch is zeroed."""

@@ -207,6 +207,7 @@ def test_equals_the_reference_on_random_shapes(data):
         ties=pick(False, True),
         strided=pick(False, True),
         first_seed=integer(0, 1000),
+        redrafted=pick(0.0, 0.5, 1.0),
     )
     assert_equal(case)
 

@@ -62,6 +62,10 @@ CASES = {  # positional: method, V, W, B
         f"windows-{init}": VerifyCase("gumbel", 50, 9, 1, init=init, schedule=LINES, windows=(2, 9, 4), drift=0.1)
         for init in INITS[1:]
     },
+    "redrafted": VerifyCase("maximal", 256, 5, 2, params=GUIDED_TOP_K, drift=0.1, redrafted=0.6),
+    "redrafted-tiled-forced": VerifyCase(
+        "sjd", 9000, 3, 1, schedule=LINES, dtype=torch.bfloat16, windows=(3, 2), redrafted=1.0
+    ),
     "strided": VerifyCase("maximal", 256, 3, 1, params=GUIDED, strided=True),
 }
 
