@@ -58,6 +58,10 @@ def sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
+def window(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def parse(argv: Sequence[str] | None, experiments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", choices=experiments, default="methods")
@@ -66,7 +70,7 @@ def parse(argv: Sequence[str] | None, experiments: Sequence[str]) -> argparse.Na
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_PROMPTS} prompts, one repeat")
     parser.add_argument("--minutes", type=float, default=25.0, help="after which no further prompt begins")
-    parser.add_argument("--windows", type=int, nargs="+", help="default: the experiment's")
+    parser.add_argument("--windows", type=window, nargs="+", help="tokens of a pass, or auto")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="beside ar; default: the experiment's")
     parser.add_argument("--inits", nargs="*", help="of init; with methods: more rows for maximal")
     parser.add_argument("--top-ks", type=int, nargs="+", help="0 keeps all")
@@ -93,7 +97,10 @@ def parse(argv: Sequence[str] | None, experiments: Sequence[str]) -> argparse.Na
     if args.experiment == "synthetic" and not (args.synthetic_accept and 0 < args.synthetic_accept <= 1):
         parser.error("synthetic: expected --synthetic-accept P with 0 < P <= 1")
     counts = {"prompts": args.prompts, "repeats": args.repeats, "new-tokens": args.new_tokens}
-    counts |= {"windows": min(args.windows or [1]), "sizes": min(args.sizes)}
+    fixed = [size for size in args.windows or () if size != "auto"]
+    if args.experiment in ("synthetic", "control") and len(fixed) < len(args.windows or ()):
+        parser.error(f"windows: expected numbers with {args.experiment}, got auto")
+    counts |= {"windows": min(fixed, default=1), "sizes": min(args.sizes)}
     for name, value in counts.items():
         if value < 1:
             parser.error(f"{name}: expected >= 1, got {value}")

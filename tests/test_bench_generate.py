@@ -77,8 +77,10 @@ def test_an_experiment_leaves_its_numbers_and_figures(bench, part, tiny, tmp_pat
     models = ["--model", str(tiny), "--models", str(tiny), str(tiny)]
     bench.main([*models, "--experiment", experiment, *COMMON, *EXTRA.get(experiment, []), "--out", str(tmp_path)])
     document = json.loads((tmp_path / f"{experiment}.json").read_text())
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = capsys.readouterr().out
+    last = json.loads(out.splitlines()[-1])
     assert last["setup"] == document["setup"]
+    assert ("maximal, W 4 is" in out) == (experiment == "methods")
     with open(tmp_path / f"{experiment}.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(document["rows"]) == len(last["rows"])
     assert {path.stem for path in tmp_path.glob("*.svg")} == FIGURES[experiment]
@@ -195,6 +197,7 @@ class TestSynthetic:
         (["--prompts", "0"], "prompts: expected >= 1"),
         (["--synthetic-accept", "1.5"], "0 < P <= 1"),
         (["--methods", "nonsense"], "invalid choice"),
+        (["--experiment", "control", "--windows", "8", "auto"], "expected numbers with control"),
     ],
 )
 def test_bad_arguments_are_refused(bench, capsys, arguments, complaint):

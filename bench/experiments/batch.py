@@ -12,7 +12,7 @@ from sjd_engine import Engine
 from . import measure, prompts
 from .report import Column, Result
 from .settings import Setting
-from .sweeps import BEST_EXACT
+from .sweeps import BEST_EXACT, grid
 
 COLUMNS = (
     Column("method", "method"),
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> Result:
     """The same images, so many at once, for every size and method, which take turns."""
     model = measure.load(args.model, args.dtype).model
     texts = prompts.take(max(*args.sizes, args.prompts))
-    window = (args.windows or [16])[0]
-    settings = [Setting("ar", 1)] + [Setting(method, window) for method in args.methods or ("sjd", BEST_EXACT)]
+    settings = grid(args.methods or ("sjd", BEST_EXACT), args.windows or [16])
     engines = {size: Engine(model, max_batch_size=size, page_size=args.page_size) for size in args.sizes}
     runs: dict[tuple[Setting, int], list[tuple[float, float]]] = {}
     for setting in settings:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sjd_engine import Engine
 from sjd_engine.errors import CheckpointError
+from sjd_engine.methods import METHODS
 from sjd_engine.outputs import ImageStats
 from sjd_engine.testing import score_tokens
 
@@ -77,6 +78,7 @@ class Row:
             "model": self.model,
             "num_tokens": self.num_tokens,
             "method": setting.label,
+            "law": "exact" if METHODS[setting.method].lossless else "lossy",
             "window": setting.window,
             "init": setting.init or "default",
             "top_k": setting.top_k,

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sjd_engine.files import written_whole
-from sjd_engine.methods import METHODS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*<>"
@@ -73,7 +72,7 @@ def groups(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
 def lines(axis: Axes, series: dict[str, list[Row]], x: str, y: str) -> None:
     """A line for each entry, with the intervals of `y` where it has any."""
     for place, (label, rows) in enumerate(series.items()):
-        points = sorted((row for row in rows if row[y] is not None), key=lambda row: row[x])
+        points = sorted((row for row in rows if row[x] != "auto"), key=lambda row: row[x])
         across, up = [row[x] for row in points], [row[y] for row in points]
         if points and isinstance(up[0], list):
             middle, low, high = (np.array(column) for column in zip(*up, strict=True))
@@ -82,13 +81,19 @@ def lines(axis: Axes, series: dict[str, list[Row]], x: str, y: str) -> None:
             axis.plot(across, up, label=label, lw=1.3, **style(place))
 
 
-def logarithmic(axis: Axes, ticks: Iterable[float], which: str = "x") -> None:
-    """Powers are far apart, and the ticks say what was measured."""
-    along = axis.xaxis if which == "x" else axis.yaxis
-    along.axes.set(**{f"{which}scale": "log"})
-    values = sorted(set(ticks))
-    along.set_ticks(values, [format(value, "g") for value in values])
-    along.set_ticks([], minor=True)
+def logarithmic(axis: Axes, ticks: Iterable[float | str]) -> None:
+    """The axis to the right; its ticks are what was measured."""
+    axis.set_xscale("log")
+    values = sorted({tick for tick in ticks if tick != "auto"})
+    axis.set_xticks(values, [format(value, "g") for value in values])
+    axis.set_xticks([], minor=True)
+
+
+def of_widest(rows: Iterable[Row]) -> list[Row]:
+    """The rows without top-k at the largest window, or all of them where none is fixed."""
+    plain = [row for row in rows if row["top_k"] == 0 and row["method"] != "ar"]
+    widest = max((row["window"] for row in plain if row["window"] != "auto"), default="auto")
+    return [row for row in plain if row["window"] == widest]
 
 
 def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -100,8 +105,7 @@ def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def acceleration_map(rows: list[Row]) -> Figure | None:
     """Tokens a pass by place in the image: each pass is shared by the tokens that it commits."""
-    widest = max((row["window"] for row in rows if isinstance(row["window"], int)), default=0)
-    chosen = [row for row in rows if row["window"] == widest and row["method"] in MAP_METHODS and row["top_k"] == 0]
+    chosen = [row for row in of_widest(rows) if row["method"] in MAP_METHODS and row["init"] == "random"]
     if not chosen:
         return None
     maps = [1 / np.array(row["pass_share_map"]) for row in chosen]
@@ -117,15 +121,14 @@ def acceleration_map(rows: list[Row]) -> Figure | None:
 
 def histogram(rows: list[Row]) -> Figure:
     """How many tokens passes commit."""
-    widest = max(row["window"] for row in rows if isinstance(row["window"], int))
-    chosen = [row for row in rows if row["window"] == widest and row["top_k"] == 0]
+    chosen = of_widest(rows)
     figure, (axis,) = panels(width=5.4)
     for place, row in enumerate(chosen):
         counts = np.array(row["committed_histogram"][1:], dtype=float)
         shown = np.append(counts[: MOST_SHOWN - 1], counts[MOST_SHOWN - 1 :].sum())
         axis.plot(np.arange(1, len(shown) + 1), shown / counts.sum(), label=row["method"], lw=1.2, **style(place))
     axis.set(
-        title=f"window {widest}",
+        title=f"window {chosen[0]['window']}",
         xlabel=f"tokens that a pass commits ({MOST_SHOWN}: or more)",
         ylabel="share of the passes",
         ylim=(0, None),
@@ -141,7 +144,7 @@ def pareto(rows: list[Row]) -> Figure:
     pieces = by_method(row for row in rows if row["method"] != "ar" and row["top_k"] == 0)
     for axis, (key, title) in zip(axes, (("nfe_vs_ar", "passes"), ("seconds_vs_ar", "seconds")), strict=True):
         for place, (method, found) in enumerate(pieces.items()):
-            lossless = METHODS[method.split()[0]].lossless
+            lossless = found[0]["law"] == "exact"
             drift, faster = (np.array([row[name] for row in found]) for name in ("drift_vs_ar", key))
             errors = {
                 "xerr": np.abs(drift[:, 1:] - drift[:, :1]).T,
@@ -166,15 +169,14 @@ def against_window(rows: list[Row]) -> Figure:
     """Passes and seconds against the window; the level of "auto" is dashed."""
     figure, axes = panels(2)
     several = by_method(row for row in rows if row["method"] != "ar")
-    fixed = {method: [row for row in found if row["window"] != "auto"] for method, found in several.items()}
     for axis, key, title in zip(axes, ("nfe", "seconds"), ("passes an image", "seconds an image"), strict=True):
-        lines(axis, fixed, "window", key)
+        lines(axis, several, "window", key)
         for place, found in enumerate(several.values()):
             for row in found:
                 if row["window"] == "auto":
                     axis.axhline(row[key][0], color=COLOURS[place % len(COLOURS)], ls="--", lw=1)
         axis.set(xlabel="window (dashed: auto)", ylabel=title, ylim=(0, None))
-        logarithmic(axis, (row["window"] for found in fixed.values() for row in found))
+        logarithmic(axis, (row["window"] for found in several.values() for row in found))
     axes[1].legend()
     return figure
 
@@ -249,8 +251,10 @@ def against_batch(rows: list[Row]) -> Figure:
     """Seconds an image and latency against the images at once."""
     figure, axes = panels(2)
     titles = ("seconds an image, of all together", "seconds until an image is complete")
+    pieces = groups(rows, "method", "window")
+    series = {f"{method}, window {window}": found for (method, window), found in pieces.items()}
     for axis, key, title in zip(axes, ("seconds_per_image", "latency"), titles, strict=True):
-        lines(axis, by_method(rows), "batch", key)
+        lines(axis, series, "batch", key)
         axis.set(xlabel="images at once", ylabel=title, ylim=(0, None))
         logarithmic(axis, (row["batch"] for row in rows))
     axes[0].legend()

@@ -29,6 +29,7 @@ COLUMNS = (
     Column("model", "model"),
     Column("tokens", "num_tokens", "d"),
     Column("method", "method"),
+    Column("law", "law"),
     Column("W", "window"),
     Column("init", "init"),
     Column("top-k", "top_k", "d"),
@@ -186,8 +187,8 @@ def verdict(rows: list[Row], top_k: int) -> list[str]:
 def window(args: argparse.Namespace) -> Result:
     """Fixed windows and "auto", against the fastest fixed one of the same method."""
     engine = measure.load(args.model, args.dtype)
-    windows = args.windows or [4, 8, 12, 16, 24, 32, 48, 64, 96]
-    rows, skipped = execute(args, engine, grid(args.methods or ("sjd", "sjd++", BEST_EXACT), [*windows, "auto"]))
+    windows = [*(args.windows or (4, 8, 12, 16, 24, 32, 48, 64, 96)), "auto"]
+    rows, skipped = execute(args, engine, grid(args.methods or ("sjd", "sjd++", BEST_EXACT), windows))
     documents = []
     for row in rows:
         fixed = [r for r in rows if r.setting.method == row.setting.method and isinstance(r.setting.window, int)]
