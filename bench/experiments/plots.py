@@ -124,9 +124,9 @@ def histogram(rows: list[Row]) -> Figure:
     chosen = of_widest(rows)
     figure, (axis,) = panels(width=5.4)
     for place, row in enumerate(chosen):
-        counts = np.array(row["committed_histogram"][1:], dtype=float)
-        shown = np.append(counts[: MOST_SHOWN - 1], counts[MOST_SHOWN - 1 :].sum())
-        axis.plot(np.arange(1, len(shown) + 1), shown / counts.sum(), label=row["method"], lw=1.2, **style(place))
+        counts = np.pad(np.array(row["committed_histogram"][1:], dtype=float), (0, MOST_SHOWN))
+        counts = np.append(counts[: MOST_SHOWN - 1], counts[MOST_SHOWN - 1 :].sum())
+        axis.plot(np.arange(1, MOST_SHOWN + 1), counts / counts.sum(), label=row["method"], lw=1.2, **style(place))
     axis.set(
         title=f"window {chosen[0]['window']}",
         xlabel=f"tokens that a pass commits ({MOST_SHOWN}: or more)",

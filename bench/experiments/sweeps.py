@@ -1,6 +1,7 @@
 """The experiments that decode the same prompts with many settings, one image at a time."""
 
 import argparse
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -82,16 +83,16 @@ def execute(
     settings: list[Setting],
     *,
     traced: int = 0,
-    parts: int = 1,
+    minutes: float | None = None,
     also: Callable[[str, int], None] | None = None,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """See `measure.run`; `parts` share the time."""
+    """See `measure.run`."""
     return measure.run(
         engine,
         list(dict.fromkeys(settings)),
         prompts.take(args.prompts),
         seed=args.seed,
-        minutes=args.minutes / parts,
+        minutes=args.minutes if minutes is None else minutes,
         traced=traced,
         name=args.experiment,
         also=also,
@@ -234,13 +235,16 @@ def shown(curve: list[float | None], distance: int) -> str:
 
 
 def resolution(args: argparse.Namespace) -> Result:
-    """Seconds and passes against the number of tokens: the same settings on models of several image sizes."""
+    """Seconds and passes against the number of tokens: the same settings on models of several image sizes. Time that a
+    model leaves over goes to those behind it: name the largest last."""
     rows: list[Row] = []
     skipped: list[dict[str, Any]] = []
-    for name in args.models:
+    ends = time.monotonic() + 60 * args.minutes
+    for i, name in enumerate(args.models):
         engine = measure.load(name, args.dtype)
         settings = grid(args.methods or ("sjd", BEST_EXACT), args.windows or [16, 32, 64])
-        found, refused = execute(args, engine, settings, parts=len(args.models))
+        minutes = (ends - time.monotonic()) / 60 / (len(args.models) - i)
+        found, refused = execute(args, engine, settings, minutes=minutes)
         rows, skipped = rows + found, skipped + refused
     report = result(args, engine, rows, skipped)
     return replace(report, columns=columns("top_k", "init"))
