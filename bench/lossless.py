@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from sjd_engine import Engine, SamplingParams
 from sjd_engine.lossless import Evidence, examine, floor, oracle_p
-from sjd_engine.methods import INITS, METHODS
+from sjd_engine.methods import INITS, METHODS, TRAINING_FREE
 from sjd_engine.models.base import Prompt
 from sjd_engine.testing import Scores, score_tokens, with_forced
 
@@ -237,8 +237,9 @@ def show(results: list[dict], console: Console) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sampled = [name for name in METHODS if name != "jacobi"]  # greedy: its images follow no law but one
+    usual = [name for name in sampled if name in TRAINING_FREE]
     parser.add_argument("--model", default="emoji", help="'emoji' or a checkpoint folder")
-    parser.add_argument("--methods", nargs="+", default=sampled, choices=sampled, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=usual, choices=sampled, metavar="METHOD")
     parser.add_argument("--window", type=int, nargs="+", default=[32])
     parser.add_argument("--init", nargs="+", default=["random"], choices=INITS, metavar="INIT")
     parser.add_argument("--tokens", type=int, default=150_000, help="of each row, or a few more: whole batches")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.eagle import EagleDrafter, Seen
 from sjd_engine.graph import Progress, StepGraphs
 from sjd_engine.models import ImageModel
 from sjd_engine.models.base import Context
@@ -40,6 +41,15 @@ class Batch:
         graphs: bool = False,
     ):
         self.model, self.prompts, self.num_rows, self.group = model, prompts, num_rows, request.group
+        self._eagle = None
+        if request.method.trained:
+            self._eagle = EagleDrafter(
+                model,
+                batch_size=num_rows + 1,
+                guided=request.params.guidance_scale > 1,
+                capacity=model.transformer.config.max_positions + request.window_size,
+                window_size=request.window_size,
+            )
         # One row more, which is always vacant: graphs of a fixed number of rows are filled up with it.
         self.decoder = JacobiDecoder(
             batch_size=num_rows + 1,
@@ -52,6 +62,7 @@ class Batch:
             schedule=request.schedule,
             init=request.init,
             reuse_threshold=request.reuse_threshold,
+            drafter=self._eagle,
             device=model.device,
         )
         for row in range(num_rows + 1):
@@ -112,6 +123,8 @@ class Batch:
         capacity = prefix + self.decoder.num_tokens
         self._anchors[sequence] = self.model.context_embeddings(context)[-1]
         self._prefix_lens[sequence] = prefix
+        if self._eagle is not None:
+            self._eagle.begin(sequence, context.first_position + len(context))
         if prefix:
             prompt = self.prompts.hold(context)
             try:
@@ -171,6 +184,8 @@ class Batch:
         sequences = (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
         windows = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), self._anchors[sequences])
         hidden = self.model.transformer(windows, self.kv_cache.select(sequences, longest))
+        if self._eagle is not None:
+            self._eagle.see(Seen(rows, sequences, hidden, longest))
         logits = self.model.transformer.logits(hidden).unflatten(0, (-1, self._copies))
         return logits.transpose(0, 1) if self.decoder.guided else logits.squeeze(1)
 

@@ -99,6 +99,8 @@ class JacobiDecoder:
         ):
             if value < least:
                 raise ValueError(f"{name}: expected >= {least}, got {value}")
+        if get_method(method).trained and drafter is None:
+            raise ValueError(f"drafter: {method} needs one, see `sjd_engine.eagle.EagleDrafter`")
         if len(seeds) != batch_size:
             raise ValueError(f"seeds: expected {batch_size}, one for each image, got {len(seeds)}")
         if not reuse_threshold > 0:
@@ -155,7 +157,6 @@ class JacobiDecoder:
         logits: Tensor,
         previous_logits: Tensor | None = None,
         next_window_size: int | None = None,
-        hidden: Tensor | None = None,
     ) -> ops.VerifyResult:
         """One pass: slot i of `logits` predicts position positions[:, i] + 1.
 
@@ -167,7 +168,6 @@ class JacobiDecoder:
                 None for those of the last call.
             next_window_size: W of the next pass, in 1..max_window_size; None: that of this one. What it is must depend
                 on committed tokens alone, never on drafts: only then does the law of the images stay as it is.
-            hidden: what the transformer made of the slots, for a drafter that reads it.
         Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
         Raises: ValueError where the shape differs; the state is unchanged.
         """
@@ -204,10 +204,10 @@ class JacobiDecoder:
         )
         self.window_size = next_window_size
         if self._drafter is not None and next_window_size > 1:
-            self._drafter(self._drafts(logits, result, hidden))
+            self._drafter(self._drafts(logits, result))
         return result
 
-    def _drafts(self, logits: Tensor, result: ops.VerifyResult, hidden: Tensor | None) -> Drafts:
+    def _drafts(self, logits: Tensor, result: ops.VerifyResult) -> Drafts:
         return Drafts(
             self._state,
             self._grid,
@@ -215,9 +215,7 @@ class JacobiDecoder:
             logits,
             first=result.num_committed - result.num_accepted - 1,  # at the image's end less, where nothing is drafted
             num_drafts=self.window_size - 1,
-            guidance_scale=self.warp_arguments["guidance_scale"],
-            temperature=self.warp_arguments["temperature"],
-            hidden=hidden,
+            warp_arguments=self.warp_arguments,
         )
 
     # ---------------------------------------------------------------------------------------- sequences come and go

@@ -8,6 +8,7 @@ was drawn from, so images keep their law whatever a drafter does, as long as
 It must not look at the token that it replaces, nor at any to the right (rules C2 and C3).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,8 +26,7 @@ class Drafts:
     logits: of the pass; its row i predicted position `first + i`.
     first: [B] tokens that were committed before the pass.
     num_drafts: N, of the next window.
-    guidance_scale, temperature: [B], or None for 1.
-    hidden: what the transformer made of the pass's slots, where the caller passed it to `JacobiDecoder.verify`.
+    warp_arguments: guidance, temperature, top-k and top-p, see `SamplingParams.warp_arguments`.
     """
 
     state: ops.WindowState
@@ -35,9 +35,7 @@ class Drafts:
     logits: Tensor
     first: Tensor
     num_drafts: int
-    guidance_scale: Tensor | None
-    temperature: Tensor | None
-    hidden: Tensor | None
+    warp_arguments: Mapping[str, Tensor | None]
 
     @property
     def window_size(self) -> int:
@@ -60,7 +58,8 @@ class Drafts:
 
     def weights(self, rows: Tensor) -> Tensor:
         """[B, N, V] float32: laws of rows [B, N] of the pass, before they are scaled to sum to 1."""
-        return ops.law_weights(self.state, self.logits, rows, self.guidance_scale, self.temperature)
+        guidance_scale, temperature = self.warp_arguments["guidance_scale"], self.warp_arguments["temperature"]
+        return ops.law_weights(self.state, self.logits, rows, guidance_scale, temperature)
 
     def redraw(self, row: int, weights: Tensor, where: Tensor) -> None:
         """Draw the drafts of rows row .. row + n - 1 anew from `weights` [B, n, V], where `where` [B, n] says so; see

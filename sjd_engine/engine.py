@@ -103,7 +103,7 @@ class Engine:
 
         Args:
             prompt: one text or a list.
-            method: ar, jacobi, sjd, sjd++, maximal, gumbel or exact; see `sjd_engine.methods`.
+            method: ar, jacobi, sjd, sjd++, maximal, gumbel, exact or eagle; see `sjd_engine.methods`.
             window_size: tokens of a forward pass, >= 1.
             seed: an int (image i uses seed + i) or one int for each image.
             num_images_per_prompt: >= 1; images are ordered prompt by prompt.

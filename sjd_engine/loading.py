@@ -46,6 +46,8 @@ def load(
     loaded.transformer.to(chosen)
     loaded.detokenizer.to(chosen)
     pack(loaded.transformer)
+    if loaded.draft_head is not None:
+        pack(loaded.draft_head.to(chosen))
     return loaded
 
 

@@ -11,6 +11,7 @@ class Method:
     refresh: "fresh", "reuse", "maximal", "gumbel" or "argmax".
     lossless: the images follow exactly the law of one-token-a-pass sampling.
     one_token: the window is one token, whatever the caller asks.
+    trained: drafts come from the draft head of the checkpoint.
     summary: a line for people.
     """
 
@@ -20,6 +21,7 @@ class Method:
     lossless: bool
     summary: str
     one_token: bool = False
+    trained: bool = False
 
 
 METHODS = {
@@ -31,9 +33,11 @@ METHODS = {
         Method("sjd++", "ratio", "reuse", False, "SJD with reuse of confident drafts (arXiv 2512.07503); lossy"),
         Method("maximal", "ratio", "maximal", True, "drafts refreshed by maximal coupling (arXiv 2510.24211)"),
         Method("gumbel", "ratio", "gumbel", True, "drafts refreshed with position-keyed Gumbel noise"),
+        Method("eagle", "ratio", "fresh", True, "chains of drafts by a trained head (arXiv 2401.15077)", trained=True),
         Method("exact", "match", "gumbel", True, "the very image that `ar` gives for the same seed"),
     )
 }
+TRAINING_FREE = tuple(name for name, method in METHODS.items() if not method.trained)  # for any model
 INITS = ("random", "left-repeat", "above-repeat", "left-sample", "above-sample")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine.models.block import Transformer
+from sjd_engine.models.draft_head import DraftHead
 from sjd_engine.models.linear import Matrix, replace_matrices
 
 ROWS = 32  # of the products that the blocks are chosen for; other numbers are served as well
@@ -33,8 +34,8 @@ def computes_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(transformer: Transformer) -> None:
-    """Store the matrices of a bfloat16 transformer on a CPU in blocks, in place; leave any other alone. Its products
-    then sum in another order."""
-    if transformer.embedding.device.type == "cpu" and transformer.dtype == torch.bfloat16 and computes_bfloat16():
-        replace_matrices(transformer, PackedMatrix)
+def pack(module: Transformer | DraftHead) -> None:
+    """Store the matrices of a bfloat16 module on a CPU in blocks, in place; leave any other alone. Its products then
+    sum in another order."""
+    if module.norm.device.type == "cpu" and module.norm.dtype == torch.bfloat16 and computes_bfloat16():
+        replace_matrices(module, PackedMatrix)

@@ -7,8 +7,11 @@ from typing import Any
 from sjd_engine.images import OUTPUT_TYPES
 from sjd_engine.methods import Method, check_init, get_method
 from sjd_engine.models.base import ImageModel, Prompt
+from sjd_engine.models.draft_head import FILE
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
+
+EAGLE_WINDOW = 6  # longer chains are seldom accepted whole
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,15 @@ def make_request(
         raise ValueError("negative_prompt: needs guidance_scale > 1, got 1")
     size = (model.image_size[0] if height is None else height, model.image_size[1] if width is None else width)
     schedule = model.schedule(*size)
-    window_size = model.defaults.window_size if window_size is None else at_least("window_size", window_size, 1)
+    trained = get_method(method).trained
+    if trained and model.draft_head is None:
+        raise ValueError(
+            f"method: {method} drafts with a trained head, which {model.name} has none of: put {FILE} beside its "
+            "weights (examples/emoji/train_eagle.py makes one), or take another method"
+        )
+    if window_size is None:
+        window_size = EAGLE_WINDOW if trained else model.defaults.window_size
+    at_least("window_size", window_size, 1)
     if not reuse_threshold > 0:
         raise ValueError(f"reuse_threshold: expected > 0, got {reuse_threshold}")
     if output_type not in OUTPUT_TYPES:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sjd_engine import Engine
-from sjd_engine.methods import INITS, METHODS
+from sjd_engine.methods import INITS, METHODS, TRAINING_FREE
 from sjd_engine.models import ImageModel
 
 from . import measure, prompts, statistics
@@ -139,7 +139,7 @@ def methods(args: argparse.Namespace) -> Result:
     engine = measure.load(args.model, args.dtype)
     windows = args.windows or [16, 32]
     top_ks = args.top_ks if args.top_ks is not None else [0, fraction(engine.model, TOP_K_SHARE)]
-    settings = grid(args.methods or METHODS, windows, top_ks=top_ks)
+    settings = grid(args.methods or TRAINING_FREE, windows, top_ks=top_ks)
     for top_k in top_ks:
         settings += [Setting(BEST_EXACT, window, init, top_k) for init in args.inits or () for window in windows]
         settings += [Setting.variant(text, window, top_k) for text in args.variants for window in windows]

@@ -9,6 +9,7 @@ from sjd_engine.errors import CheckpointError
 from sjd_engine.models import hub
 from sjd_engine.models.base import ImageModel
 from sjd_engine.models.checkpoint import Checkpoint
+from sjd_engine.models.draft_head import load_draft_head
 
 __all__ = ["ImageModel", "load_model"]
 
@@ -50,7 +51,9 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype) -> Im
     checkpoint = Checkpoint(checkpoint_folder(name), None if Path(name).exists() else str(name))
     for family in families:
         if family.matches(checkpoint):
-            return family(checkpoint, device, dtype)
+            model = family(checkpoint, device, dtype)
+            model.draft_head = load_draft_head(checkpoint.folder, model.transformer)
+            return model
     missing = "" if checkpoint.config else "no config.json, and "
     known = ", ".join(family.__module__.rpartition(".")[2] for family in families)
     raise CheckpointError(f"{checkpoint}: {missing}no known model family; known: {known}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from sjd_engine.errors import CheckpointError
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.detokenizers.base import Detokenizer
+from sjd_engine.models.draft_head import DraftHead
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -67,6 +68,7 @@ class ImageModel(ABC):
     Attributes:
         name: for people.
         transformer: blocks, embedding and image head.
+        draft_head: for the method `eagle`; None where the checkpoint has none.
         detokenizer: codes to pixels.
         num_codes: V.
         first_code: vocabulary row of image code 0.
@@ -77,6 +79,7 @@ class ImageModel(ABC):
 
     name: str
     transformer: Transformer
+    draft_head: DraftHead | None = None
     detokenizer: Detokenizer
     num_codes: int
     first_code: int

@@ -2,10 +2,11 @@
 table of their own), images of 2x2 codes, guided, top-k 2, so that an image is one of 16.
 
 The law is computed by full passes without a cache over all prefixes. N = 8,000 images for each method and family are
-drawn with the decoder over the adapter and the paged cache, and the G-test at 1e-5 a test must pass; a total variation
-of 0.05 would be found with 99 % (the non-central chi-square of 15 degrees of freedom). A cache that keeps a rejected
-token must fail in the same run, and so must SJD++ on Janus. `Engine.generate` must give, seed for seed, the images of
-that run: 60 of them for each method, of which one may differ, since the batch changes the rounding of the logits.
+drawn with the decoder over the adapter and the paged cache (`eagle` with a random head), and the G-test at 1e-5 a test
+must pass; a total variation of 0.05 would be found with 99 % (the non-central chi-square of 15 degrees of freedom). A
+cache that keeps a rejected token must fail in the same run, and so must SJD++ on Janus, and drafts that are verified by
+a law they were not drawn from. `Engine.generate` must give, seed for seed, the images of that run: 60 of them for each
+method, of which one may differ, since the batch changes the rounding of the logits.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_checkpoints import PROMPT, janus_checkpoint, lumina_checkpoint
+from tiny_checkpoints import PROMPT, janus_checkpoint, lumina_checkpoint, randomise
 from torch import Tensor
 
 from sjd_engine import Engine, JacobiDecoder, SamplingParams
+from sjd_engine.drafting import Drafts
+from sjd_engine.eagle import EagleDrafter, Seen
 from sjd_engine.methods import METHODS
 from sjd_engine.models.base import ImageModel
+from sjd_engine.models.draft_head import DraftHead
 from sjd_engine.ops import warp
 from sjd_engine.testing import g_test, teacher_forced_logits
 
@@ -35,8 +39,8 @@ class Rows:
     def __init__(self, model: ImageModel):
         self.model, self.schedule = model, model.schedule(SIDE, SIDE)
         self.contexts = model.build_prompt(PROMPT, None, SIDE, SIDE).contexts(guided=True)
-        longest = max(map(len, self.contexts)) + self.schedule.num_tokens + WINDOW
-        self.cache = model.transformer.new_cache(2 * ROWS, longest, page_size=16, poison=WINDOW)
+        self.longest = max(map(len, self.contexts)) + self.schedule.num_tokens + WINDOW
+        self.cache = model.transformer.new_cache(2 * ROWS, self.longest, page_size=16, poison=WINDOW)
         self.prefix_lens = torch.empty(2 * ROWS, dtype=torch.int32)
         anchors = []
         for i, context in enumerate(self.contexts):
@@ -47,8 +51,16 @@ class Rows:
             anchors.append(embeddings[-1:].expand(ROWS, -1))
         self.anchors = torch.cat(anchors)
 
+    def drafter(self) -> EagleDrafter:
+        """Of the model's head, for new images after both contexts."""
+        drafter = EagleDrafter(self.model, batch_size=ROWS, guided=True, capacity=self.longest, window_size=WINDOW)
+        for sequence in range(2 * ROWS):
+            drafter.begin(sequence, len(self.contexts[sequence % 2]))
+        return drafter
+
     def draw(self, method: str, first_seed: int, kept: int = 0) -> Tensor:
         """[ROWS, 4] codes. kept: rejected tokens that the cache takes for committed ones."""
+        drafter = self.drafter() if METHODS[method].trained else None
         decoder = JacobiDecoder(
             batch_size=ROWS,
             num_tokens=self.schedule.num_tokens,
@@ -58,12 +70,16 @@ class Rows:
             params=PARAMS,
             schedule=self.schedule,
             seeds=range(first_seed, first_seed + ROWS),
+            drafter=drafter,
         )
         self.cache.rollback(self.prefix_lens)
         while not decoder.done:
             ids, _ = decoder.window()
             windows = self.model.window_embeddings(ids.repeat(2, 1), self.anchors)
             hidden = self.model.transformer(windows, self.cache)
+            if drafter is not None:
+                pairs = hidden.unflatten(0, (2, ROWS)).transpose(0, 1).flatten(0, 1)
+                drafter.see(Seen(torch.arange(ROWS), torch.arange(2 * ROWS), pairs, self.longest - WINDOW))
             result = decoder.verify(self.model.transformer.logits(hidden).unflatten(0, (2, ROWS)))
             self.cache.rollback(self.prefix_lens + (result.num_committed + kept).repeat(2))
         return decoder.token_ids[:, self.schedule.image_positions]
@@ -91,6 +107,7 @@ def rows(request, tmp_path_factory) -> Rows:
     case = lumina_checkpoint(folder, swin=False) if request.param == "lumina" else janus_checkpoint(folder, True)
     model = case.load()
     model.sizes, model.image_size = ((SIDE, SIDE),), (SIDE, SIDE)
+    model.draft_head = randomise(DraftHead(model.transformer.config))
     return Rows(model)
 
 
@@ -140,3 +157,15 @@ def test_sjd_plus_plus_fails(rows, drawn, p_value):
 
 def test_a_rejected_token_in_the_cache_fails(drawn, p_value):
     assert p_value(drawn("maximal", kept=1)) < 1e-10
+
+
+@pytest.mark.parametrize("rows", ["janus"], indirect=True)
+def test_drafts_verified_by_another_law_fail(rows, p_value, monkeypatch):
+    redraw = Drafts.redraw
+
+    def uniform(self: Drafts, row: int, weights: Tensor, where: Tensor) -> None:
+        redraw(self, row, weights, where)
+        self.state.drafted[:, row], self.state.drafted_scale[:, row] = 1.0, 1 / weights.shape[-1]
+
+    monkeypatch.setattr(Drafts, "redraw", uniform)
+    assert p_value(rows.draw("eagle", 0)) < 1e-10
