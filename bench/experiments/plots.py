@@ -226,9 +226,7 @@ def laws_in_the_window(rows: list[Row]) -> Figure | None:
     ):
         for place, row in enumerate(traced):
             curve = [np.nan if value is None else value for value in row["trace"][key]]
-            axis.plot(
-                curve, label=f"{row['method']}, window {row['window']}", lw=1.2, **style(place) | {"markersize": 3}
-            )
+            axis.plot(curve, label=f"{row['method']}, window {row['window']}", lw=1.2, markevery=4, **style(place))
         axis.set(xlabel=across, ylabel=up, ylim=(0, 1.02))
     axes[0].legend(fontsize=7.5)
     return figure
