@@ -96,6 +96,8 @@ def parse(argv: Sequence[str] | None, experiments: Sequence[str]) -> argparse.Na
     args.sizes = args.sizes or ([1, 8] if args.experiment == "synthetic" else [1, 2, 4, 8, 16])
     if args.experiment == "synthetic" and not (args.synthetic_accept and 0 < args.synthetic_accept <= 1):
         parser.error("synthetic: expected --synthetic-accept P with 0 < P <= 1")
+    if args.out and importlib.util.find_spec("matplotlib") is None:
+        parser.error("out: figures need matplotlib; pip install 'sjd-engine[bench]'")
     counts = {"prompts": args.prompts, "repeats": args.repeats, "new-tokens": args.new_tokens}
     fixed = [size for size in args.windows or () if size != "auto"]
     if args.experiment in ("synthetic", "control") and len(fixed) < len(args.windows or ()):
