@@ -1,6 +1,8 @@
 """Every family from tiny random checkpoints in the layouts it is published in, against transformers' modules or, for
 LlamaGen, formulas: logits, windows with rollback, greedy and exact decoding, prompts."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from tiny_checkpoints import (
     llamagen_class_checkpoint,
     llamagen_text_checkpoint,
     lumina_checkpoint,
+    simplear_checkpoint,
+    write_json,
     write_tokenizer,
 )
 from typer.testing import CliRunner
@@ -197,6 +201,33 @@ def test_families_of_one_size(full_size, monkeypatch):
     for model in (anole_model, simplear_model):
         with pytest.raises(ValueError, match=rf"draws {model.image_size[0]}x{model.image_size[1]} pixels, got 8x8"):
             model.schedule(8, 8)
+
+
+def test_families_without_forced_tokens(full_size, tmp_path):
+    """Janus draws what it sees, LlamaGen what its file's name says."""
+    path = CHECKPOINTS["janus-official"](tmp_path).path
+    config = json.loads((path / "config.json").read_text())
+    config["vision_config"]["params"]["image_size"] = 384
+    write_json(path / "config.json", config)
+    models = {24: load_model(path, torch.device("cpu"), torch.float32)}
+    for name, file, rows in (
+        ("llamagen-class", "c2i_B_256.pt", 16),
+        ("llamagen-class", "c2i_L_384.pt", 24),
+        ("llamagen-text", "t2i_XL_stage2_512.pt", 32),
+    ):
+        models[rows] = full_size(name, file)
+        assert models[rows].image_size == (16 * rows, 16 * rows)
+    for rows, model in models.items():
+        schedule = model.schedule(*model.image_size)
+        assert model.sizes == (model.image_size,)
+        assert (schedule.rows, schedule.cols, dict(schedule.forced)) == (rows, rows, {})
+
+
+def test_a_head_of_its_own_is_read(tmp_path, monkeypatch):
+    """SimpleAR, should a checkpoint not tie its head to the embedding."""
+    monkeypatch.setattr(simplear, "SIDE", 64)
+    case = simplear_checkpoint(tmp_path, tied=False)
+    test_logits_equal_the_reference((case, case.load()))
 
 
 # ------------------------------------------------------------------------------------------------ what families refuse

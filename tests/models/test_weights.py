@@ -1,5 +1,6 @@
 """A checkpoint that is damaged, foreign or incomplete is refused with its reason."""
 
+import gc
 import json
 import os
 import pickle
@@ -223,6 +224,23 @@ def test_weights_of_another_dtype(folder, dtype):
     tensors["model.layers.3.mlp.up_proj.weight"] = tensors["model.layers.3.mlp.up_proj.weight"].to(dtype)
     save_file(tensors, folder / "model.safetensors")
     refuse(folder, r"model\.layers\.3\.mlp\.up_proj\.weight: expected float32, float16 or bfloat16, got torch\.")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads mapped files from /proc")
+def test_a_load_that_fails_halfway_keeps_no_memory(folder):
+    def large_tensors() -> int:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+        return sum(tensor.numel() > 10_000 for tensor in tensors)
+
+    before = large_tensors()
+    tensors = load_file(folder / "model.safetensors")
+    last = "model.layers.7.mlp.down_proj.weight"
+    save_file({**tensors, last: tensors[last].to(torch.int8)}, folder / "model.safetensors")
+    del tensors
+    refuse(folder, rf"{re.escape(last)}: expected float32")
+    assert large_tensors() == before
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(

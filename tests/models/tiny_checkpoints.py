@@ -330,7 +330,7 @@ def janus_checkpoint(folder: Path, official: bool) -> Tiny:
     return Tiny(folder, logits, [begin, *inside, image], unconditional, (4, 4), (64, 64))
 
 
-def simplear_checkpoint(folder: Path) -> Tiny:
+def simplear_checkpoint(folder: Path, tied: bool = True) -> Tiny:
     folder = folder / "SimpleAR-0.5B-RL"
     names = [*ALPHABET, "<|t2i|>", "<|i2t|>", "<|soi|>", "<|vtokens|>", "<|t2v|>", "<|v2t|>", "<|sov|>"]
     config = transformers.Qwen2Config(
@@ -339,7 +339,7 @@ def simplear_checkpoint(folder: Path) -> Tiny:
         vocab_size=len(names) + 64000,
         max_position_embeddings=256,
         rope_theta=1e6,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         architectures=["SimpARForCausalLM"],
     )
     model = randomise(transformers.Qwen2ForCausalLM(config))
