@@ -1,19 +1,42 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from PIL import Image
 
+from sjd_engine import cli
 
-def sjd(*arguments, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "sjd_engine.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def sjd(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
+    """Runs a command in `tmp_path`, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["sjd", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(ended.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 def test_generate_writes_a_png_with_its_recipe(tmp_path):
-    done = sjd("generate", "a red apple", "-o", "deep/apple.png", "--seed", "3", cwd=tmp_path)
+    """As a process of its own."""
+    command = [sys.executable, "-m", "sjd_engine.cli", "generate", "a red apple", "-o", "deep/apple.png", "--seed", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "passes (NFE)" in done.stdout
     with Image.open(tmp_path / "deep" / "apple.png") as image:
@@ -24,8 +47,8 @@ def test_generate_writes_a_png_with_its_recipe(tmp_path):
     assert recipe["method"] == "maximal"
 
 
-def test_several_images_get_numbers(tmp_path):
-    done = sjd("generate", "a cat", "-n", "2", "-o", "cat.png", cwd=tmp_path)
+def test_several_images_get_numbers(sjd, tmp_path):
+    done = sjd("generate", "a cat", "-n", "2", "-o", "cat.png")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat-0.png", "cat-1.png"]
 
@@ -45,38 +68,38 @@ def test_several_images_get_numbers(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_arguments_write_nothing(tmp_path, arguments, status, message):
+def test_bad_arguments_write_nothing(sjd, tmp_path, arguments, status, message):
     (tmp_path / "taken").write_text("a file where a folder should be")
-    done = sjd("generate", *arguments, cwd=tmp_path)
+    done = sjd("generate", *arguments)
     assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_doctor_names_versions_and_backend(tmp_path):
-    done = sjd("doctor", cwd=tmp_path)
+def test_doctor_names_versions_and_backend(sjd):
+    done = sjd("doctor")
     assert done.returncode == 0, done.stderr
     for word in ("torch", "verify", "cpu", "compiled", "dtype", "pages", "attention"):
         assert word in done.stdout
 
 
-def test_doctor_tells_the_memory_of_a_model(tmp_path):
-    done = sjd("doctor", "--model", "emoji", cwd=tmp_path)
+def test_doctor_tells_the_memory_of_a_model(sjd):
+    done = sjd("doctor", "--model", "emoji")
     assert done.returncode == 0, done.stderr
     for line in ("weights       transformer", "MB an image: 2 x 256 tokens", "MB of this process"):
         assert line in done.stdout
 
 
-def test_doctor_names_every_attention_with_what_it_asks_for(tmp_path):
-    lines = sjd("doctor", cwd=tmp_path).stdout.splitlines()
+def test_doctor_names_every_attention_with_what_it_asks_for(sjd):
+    lines = sjd("doctor").stdout.splitlines()
     lines = {line.split()[0]: line for line in lines if line.startswith("  ")}
     assert list(lines) == ["cpu", "triton", "flash_attn_2", "flash_attn_3", "varlen", "flashinfer", "reference"]
     assert "pages of 256n tokens; float16, bfloat16; host sync, no CUDA graph; trees by triton" in lines["flash_attn_2"]
     assert "no: it runs on cuda, not on cpu" in lines["flashinfer"] or "pip install" in lines["flashinfer"]
 
 
-def test_an_attention_that_cannot_run_is_an_error(tmp_path, monkeypatch):
+def test_an_attention_that_cannot_run_is_an_error(sjd, monkeypatch):
     monkeypatch.setenv("SJD_ATTENTION", "flashinfer")
-    done = sjd("doctor", cwd=tmp_path)
+    done = sjd("doctor")
     assert (done.returncode, done.stderr.count("sjd: SJD_ATTENTION=flashinfer: ")) == (1, 1), done.stderr

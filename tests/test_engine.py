@@ -26,7 +26,7 @@ class TestExactSeed:
     def test_in_a_batch(self, engine, ar_codes, window):
         assert torch.equal(codes(engine, PROMPTS, method="exact", seed=[11, 12, 13], window_size=window), ar_codes)
 
-    @pytest.mark.parametrize("window", [2, 8, 32, 64])
+    @pytest.mark.parametrize("window", [8, 64])
     def test_alone(self, engine, ar_codes, window):
         assert torch.equal(codes(engine, PROMPTS[1], method="exact", seed=12, window_size=window), ar_codes[1:2])
 
@@ -51,9 +51,9 @@ class TestExactSeed:
 
 
 @pytest.mark.parametrize("method", ["sjd", "sjd++", "maximal", "gumbel", "jacobi"])
-def test_an_image_of_a_mixed_batch_is_the_one_its_seed_gives_alone(engine, method):
-    batch = codes(engine, PROMPTS, method=method, seed=[5, 6, 7])
-    assert torch.equal(codes(engine, PROMPTS[2], method=method, seed=7), batch[2:])
+def test_an_image_of_a_mixed_batch_is_the_one_its_seed_gives_alone(shallow, method):
+    batch = codes(shallow, PROMPTS, method=method, seed=[5, 6, 7])
+    assert torch.equal(codes(shallow, PROMPTS[2], method=method, seed=7), batch[2:])
 
 
 def test_jacobi_equals_greedy_decoding(engine):
@@ -61,21 +61,21 @@ def test_jacobi_equals_greedy_decoding(engine):
     assert torch.equal(codes(engine, PROMPTS[0], method="jacobi", window_size=16), greedy)
 
 
-def test_bfloat16_can_be_batch_invariant_too(engine_bf16):
-    engine = Engine(engine_bf16.model, batch_invariant=True)
+def test_bfloat16_can_be_batch_invariant_too(shallow_bf16):
+    engine = Engine(shallow_bf16.model, batch_invariant=True)
     batch = codes(engine, PROMPTS, seed=[5, 6, 7])
     assert torch.equal(codes(engine, PROMPTS[1], seed=6), batch[1:2])
 
 
-def test_batches_are_taken_in_turn(engine):
-    small = Engine(engine.model, max_batch_size=2)
-    out, expected = (codes(e, PROMPTS, seed=3) for e in (small, engine))
+def test_batches_are_taken_in_turn(shallow):
+    small = Engine(shallow.model, max_batch_size=2)
+    out, expected = (codes(e, PROMPTS, seed=3) for e in (small, shallow))
     assert torch.equal(out, expected)
 
 
 class TestOutputs:
-    def test_images_and_statistics(self, engine_bf16):
-        out = engine_bf16.generate(PROMPTS[:2], num_images_per_prompt=2, seed=4, progress=False)
+    def test_images_and_statistics(self, shallow_bf16):
+        out = shallow_bf16.generate(PROMPTS[:2], num_images_per_prompt=2, seed=4, progress=False)
         assert out.seeds == [4, 5, 6, 7]
         assert [type(image) for image in out.images] == [Image.Image] * 4
         assert out.images[0].size == (64, 64)
@@ -92,14 +92,14 @@ class TestOutputs:
             assert stats.seconds > 0
             assert stats.zero_draft_prob == stats.nonfinite_rows == 0
 
-    def test_ar_has_a_step_compression_of_one(self, engine_bf16):
-        stats = engine_bf16.generate("a cat", method="ar", **SHORT).stats[0]
+    def test_ar_has_a_step_compression_of_one(self, shallow_bf16):
+        stats = shallow_bf16.generate("a cat", method="ar", **SHORT).stats[0]
         assert stats.nfe == 256
         assert stats.step_compression == 1.0
 
-    def test_output_types_agree(self, engine_bf16):
+    def test_output_types_agree(self, shallow_bf16):
         pil, array, tensor = (
-            engine_bf16.generate("a cat", seed=2, progress=False, output_type=kind).images
+            shallow_bf16.generate("a cat", seed=2, progress=False, output_type=kind).images
             for kind in ("pil", "np", "pt")
         )
         assert array.shape == (1, 64, 64, 3)
@@ -108,11 +108,11 @@ class TestOutputs:
         np.testing.assert_allclose(array[0], tensor[0].permute(1, 2, 0).numpy())
         np.testing.assert_array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype(np.uint8))
 
-    def test_codes_have_no_images(self, engine_bf16):
-        assert engine_bf16.generate("a cat", **SHORT).images is None
+    def test_codes_have_no_images(self, shallow_bf16):
+        assert shallow_bf16.generate("a cat", **SHORT).images is None
 
-    def test_guidance_temperature_and_top_k_change_the_image(self, engine_bf16):
-        base = codes(engine_bf16, "a cat")
+    def test_guidance_temperature_and_top_k_change_the_image(self, shallow_bf16):
+        base = codes(shallow_bf16, "a cat")
         for change in (
             {"guidance_scale": 1.0},
             {"temperature": 0.5},
@@ -121,18 +121,18 @@ class TestOutputs:
             {"negative_prompt": "a dog"},
             {"seed": 1},
         ):
-            assert not torch.equal(codes(engine_bf16, "a cat", **change), base), change
+            assert not torch.equal(codes(shallow_bf16, "a cat", **change), base), change
 
 
 class TestCallbacks:
-    def test_every_pass_is_told(self, engine_bf16):
+    def test_every_pass_is_told(self, shallow_bf16):
         seen: list[StepInfo] = []
-        out = engine_bf16.generate(PROMPTS[:2], callback_on_step=seen.append, **SHORT)
+        out = shallow_bf16.generate(PROMPTS[:2], callback_on_step=seen.append, **SHORT)
         assert [info.passes for info in seen] == list(range(1, max(s.nfe for s in out.stats) + 1))
         assert seen[-1].num_committed == [256, 256]
         assert seen[0].image_indices == [0, 1]
 
-    def test_a_callback_cancels_and_the_engine_goes_on(self, engine_bf16):
+    def test_a_callback_cancels_and_the_engine_goes_on(self, shallow_bf16):
         class CancelledError(Exception):
             pass
 
@@ -140,22 +140,22 @@ class TestCallbacks:
             if info.passes == 3:
                 raise CancelledError
 
-        expected = codes(engine_bf16, "a cat")
+        expected = codes(shallow_bf16, "a cat")
         with pytest.raises(CancelledError):
-            codes(engine_bf16, "a cat", callback_on_step=cancel)
-        assert torch.equal(codes(engine_bf16, "a cat"), expected)
+            codes(shallow_bf16, "a cat", callback_on_step=cancel)
+        assert torch.equal(codes(shallow_bf16, "a cat"), expected)
 
-    def test_progress_bar(self, engine_bf16, capsys):
-        engine_bf16.generate("a cat", **{**SHORT, "progress": True})
+    def test_progress_bar(self, shallow_bf16, capsys):
+        shallow_bf16.generate("a cat", **{**SHORT, "progress": True})
         assert "256/256" in capsys.readouterr().err
-        engine_bf16.generate("a cat", **SHORT)
+        shallow_bf16.generate("a cat", **SHORT)
         assert capsys.readouterr().err == ""
 
 
 class TestStream:
-    def test_previews_grow_to_the_image(self, engine_bf16):
-        expected = engine_bf16.generate("a red apple", seed=9, progress=False)
-        events = list(engine_bf16.stream("a red apple", seed=9))
+    def test_previews_grow_to_the_image(self, shallow_bf16):
+        expected = shallow_bf16.generate("a red apple", seed=9, progress=False)
+        events = list(shallow_bf16.stream("a red apple", seed=9))
         assert [event.nfe for event in events] == list(range(1, expected.stats[0].nfe + 1))
         committed = [event.num_committed for event in events]
         assert committed == sorted(committed)
@@ -166,23 +166,23 @@ class TestStream:
         first = np.asarray(events[0].image)
         assert (first[60:] == 128).all(), "no token yet: grey"
 
-    def test_every_and_batches(self, engine_bf16):
-        events = list(engine_bf16.stream(PROMPTS[:2], every=10, output_type="codes"))
+    def test_every_and_batches(self, shallow_bf16):
+        events = list(shallow_bf16.stream(PROMPTS[:2], every=10, output_type="codes"))
         done = [event for event in events if event.stats is not None]
         assert {event.index for event in done} == {0, 1}
         assert all(event.nfe % 10 == 0 for event in events if event.stats is None)
 
-    def test_leaving_the_loop_leaves_the_engine_usable(self, engine_bf16):
-        for event in engine_bf16.stream("a cat"):
+    def test_leaving_the_loop_leaves_the_engine_usable(self, shallow_bf16):
+        for event in shallow_bf16.stream("a cat"):
             if event.nfe == 2:
                 break
-        assert codes(engine_bf16, "a cat").shape == (1, 256)
+        assert codes(shallow_bf16, "a cat").shape == (1, 256)
 
-    def test_bad_arguments_are_told_at_the_call(self, engine_bf16):
+    def test_bad_arguments_are_told_at_the_call(self, shallow_bf16):
         with pytest.raises(ValueError, match="unknown 'magic'"):
-            engine_bf16.stream("a cat", method="magic")
+            shallow_bf16.stream("a cat", method="magic")
         with pytest.raises(TypeError, match="colour"):
-            engine_bf16.stream("a cat", colour="red")
+            shallow_bf16.stream("a cat", colour="red")
 
 
 BAD_ARGUMENTS = [
@@ -216,18 +216,18 @@ BAD_ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
-def test_bad_arguments_are_refused_before_anything_runs(engine_bf16, change, error, message, monkeypatch):
-    monkeypatch.setattr(type(engine_bf16.model.transformer), "forward", None)
+def test_bad_arguments_are_refused_before_anything_runs(shallow_bf16, change, error, message, monkeypatch):
+    monkeypatch.setattr(type(shallow_bf16.model.transformer), "forward", None)
     arguments = {"prompt": "a cat", **SHORT, **change}
     with pytest.raises(error, match=message):
-        engine_bf16.generate(**arguments)
+        shallow_bf16.generate(**arguments)
 
 
-def test_a_model_that_says_nothing_finite_is_warned_about(engine_bf16, monkeypatch):
-    transformer = type(engine_bf16.model.transformer)
+def test_a_model_that_says_nothing_finite_is_warned_about(shallow_bf16, monkeypatch):
+    transformer = type(shallow_bf16.model.transformer)
     monkeypatch.setattr(transformer, "logits", lambda self, hidden: torch.full((*hidden.shape[:-1], 1000), torch.nan))
     with pytest.warns(RuntimeWarning, match="no finite entry"):
-        assert codes(engine_bf16, "a cat").shape == (1, 256)
+        assert codes(shallow_bf16, "a cat").shape == (1, 256)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,9 @@ def test_bad_engine_arguments(arguments):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_failing_pass_leaves_the_engine_usable(engine_bf16, method, monkeypatch):
-    expected = codes(engine_bf16, "a cat", method=method)
-    transformer = type(engine_bf16.model.transformer)
+def test_a_failing_pass_leaves_the_engine_usable(shallow_bf16, method, monkeypatch):
+    expected = codes(shallow_bf16, "a cat", method=method)
+    transformer = type(shallow_bf16.model.transformer)
     forward, calls = transformer.forward, []
 
     def failing(self, ids, kv_cache):
@@ -260,6 +260,6 @@ def test_a_failing_pass_leaves_the_engine_usable(engine_bf16, method, monkeypatc
 
     monkeypatch.setattr(transformer, "forward", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        codes(engine_bf16, "a cat", method=method)
+        codes(shallow_bf16, "a cat", method=method)
     monkeypatch.undo()
-    assert torch.equal(codes(engine_bf16, "a cat", method=method), expected)
+    assert torch.equal(codes(shallow_bf16, "a cat", method=method), expected)

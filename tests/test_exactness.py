@@ -1,15 +1,17 @@
 """T1: every lossless method against the exact joint law, on models whose sequences can be enumerated.
 
-V = T = 4 gives 256 outcomes (a 2x2 grid). On the backend of this machine: N = 200,000 sequences for each of the 300
-combinations of method, initialisation, window, top-k and forced tokens, and of each method with temperature, top-p and
-guidance; N = 2,000,000 for each method at its default. On the reference: N = 100,000 for each method and each of those
-variations. A G-test at 1e-5 a test: all together reject an exact engine once in about 300 times, and the seeds are
-fixed. Power: N = 100,000 shows a total variation of 0.02 with certainty for all practical purposes (the G statistic
-then exceeds its mean by 8 standard deviations or more); the broken variants, made of the reference and off by 0.03 and
-more, must fail in the same run, and so must SJD++.
+V = T = 4 gives 256 outcomes (a 2x2 grid). On the backend of this machine: N = 100,000 sequences for each combination of
+method, initialisation, window, top-k and forced tokens, and of each method with temperature, top-p and guidance; and
+N = 1,000,000 for each method at its default. On the reference: N = 100,000 for each method and variation that contains
+the others. A G-test at 1e-5 a test: all together reject an exact engine once in about 300 times, and the seeds are
+fixed. Power at N = 100,000, whatever the shape of an error: a total variation of 0.02 is found with 94 %, one of 0.025
+with 99.9 % (the non-central chi-square of 255 degrees of freedom); the broken variants, made of the reference and off
+by 0.03 and more, must fail in the same run, and so must SJD++.
 
 Every sequence of a batch accepts at its own pace, so each of these runs is a ragged batch.
 """
+
+from itertools import product
 
 import pytest
 import torch
@@ -33,6 +35,12 @@ WARPED = {
     "guidance": {"params": SamplingParams(guidance_scale=2.0)},
     "guidance-topk-forced": {"params": SamplingParams(guidance_scale=1.5, top_k=3), "forced": {0: 1, 3: 0}},
 }
+
+CROSSING = [  # `ar` has no drafts: one initialisation and window stands for all
+    (method, init, window, variation)
+    for method, init, window, variation in product(LOSSLESS, INITS, range(2, TOKENS + 1), CROSSED)
+    if not METHODS[method].one_token or (init, window) == (INITS[0], 2)
+]
 
 
 def sample_counts(
@@ -70,13 +78,10 @@ def sample_counts(
     return counts, law
 
 
-@pytest.mark.parametrize("variation", CROSSED)
-@pytest.mark.parametrize("window", range(2, TOKENS + 1))
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("method", LOSSLESS)
+@pytest.mark.parametrize(("method", "init", "window", "variation"), CROSSING)
 def test_lossless_methods_follow_the_exact_joint_law(method, init, window, variation):
     counts, law = sample_counts(
-        method, 200_000, window=window, init=init, first_seed=1_000_000 * window, **CROSSED[variation]
+        method, 100_000, window=window, init=init, first_seed=1_000_000 * window, **CROSSED[variation]
     )
     assert g_test(counts, law) > SIGNIFICANCE
 
@@ -84,15 +89,15 @@ def test_lossless_methods_follow_the_exact_joint_law(method, init, window, varia
 @pytest.mark.parametrize("variation", WARPED)
 @pytest.mark.parametrize("method", LOSSLESS)
 def test_lossless_methods_follow_the_warped_law(method, variation):
-    counts, law = sample_counts(method, 200_000, **WARPED[variation])
+    counts, law = sample_counts(method, 100_000, **WARPED[variation])
     assert g_test(counts, law) > SIGNIFICANCE
 
 
 @pytest.mark.parametrize("method", LOSSLESS)
-def test_two_million_sequences_follow_the_exact_joint_law(method):
-    counts, law = sample_counts(method, 2_000_000, first_seed=50_000_000)
+def test_a_million_sequences_follow_the_exact_joint_law(method):
+    counts, law = sample_counts(method, 1_000_000, first_seed=50_000_000)
     assert g_test(counts, law) > SIGNIFICANCE
-    assert total_variation(counts, law) < 1.25 * expected_total_variation(law, 2_000_000)
+    assert total_variation(counts, law) < 1.25 * expected_total_variation(law, 1_000_000)
 
 
 @pytest.fixture
@@ -101,7 +106,7 @@ def on_the_reference(monkeypatch):
 
 
 @pytest.mark.usefixtures("on_the_reference")
-@pytest.mark.parametrize("variation", CROSSED | WARPED)
+@pytest.mark.parametrize("variation", ["free", "topk-forced", "temperature-topp", "guidance-topk-forced"])
 @pytest.mark.parametrize("method", LOSSLESS)
 def test_the_reference_follows_the_exact_joint_law(method, variation):
     counts, law = sample_counts(method, 100_000, **(CROSSED | WARPED)[variation])

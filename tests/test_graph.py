@@ -69,11 +69,11 @@ class TestProgress:
         assert progress.poll(torch.tensor([3, 10]), lag=True) == [0, 9]
         assert progress.poll(torch.tensor([4, 11]), lag=True) == [3, 10]
 
-    def test_a_lagging_engine_draws_the_same_images(self, engine):
-        lagging = Engine(engine.model, max_batch_size=2)
+    def test_a_lagging_engine_draws_the_same_images(self, shallow):
+        lagging = Engine(shallow.model, max_batch_size=2)
         lagging.scheduler.poll_every = 4
         arguments = {"num_images_per_prompt": 5, "window_size": 32, "output_type": "codes", "progress": False}
-        out, expected = (e.generate("a cat", **arguments) for e in (lagging, engine))
+        out, expected = (e.generate("a cat", **arguments) for e in (lagging, shallow))
         assert torch.equal(out.token_ids, expected.token_ids)
         assert [s.nfe for s in out.stats] == [s.nfe for s in expected.stats]
 
@@ -98,9 +98,9 @@ def decode(engine: Engine, capture) -> list[torch.Tensor]:
     return codes
 
 
-def test_captured_passes_give_the_images_of_eager_ones(engine):
+def test_captured_passes_give_the_images_of_eager_ones(shallow):
     capture = FakeCapture()
-    for mine, eager in zip(decode(engine, capture), decode(engine, None), strict=True):
+    for mine, eager in zip(decode(shallow, capture), decode(shallow, None), strict=True):
         assert (mine == eager).float().mean() > 0.5  # the number of rows changes the rounding
         assert torch.equal(mine[:8], eager[:8])
     assert capture.captured >= 2

@@ -50,6 +50,11 @@ def assert_nothing_is_left(engine: Engine) -> None:
     assert len(engine.scheduler.prompts) == 0
 
 
+@pytest.fixture(scope="module")
+def engine(shallow) -> Engine:
+    return shallow
+
+
 @pytest.fixture
 def fresh(engine) -> Engine:
     """Four images at once, float32."""

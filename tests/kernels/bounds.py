@@ -3,8 +3,8 @@
     TRITON_INTERPRET=1 python tests/kernels/bounds.py verify-tiled canary-store
 
 The check is of every lane that a mask lets through, of every load, store and atomic: the address must be that of an
-element of a tensor that the launch got, so that the gaps of a strided tensor are out of bounds, too. With exit status 1
-the last line tells which run was stopped and where.
+element of a tensor that the launch got, so that the gaps of a strided tensor are out of bounds, too. A line for each
+run tells whether and where it was stopped; the exit status is 1 if one was.
 """
 
 import inspect
@@ -118,7 +118,7 @@ VERIFY_CASES = {
         VerifyCase(method, 257, 4, 1, params=EVERYTHING, schedule=LINES, init=init, strided=True)
         for method, init in (("maximal", "random"), ("sjd++", "left-repeat"), ("exact", "above-sample"))
     ],
-    "tiled": [VerifyCase("sjd", 8195, 3, 1, params=replace(EVERYTHING, top_k=300), init="left-sample", drift=0.1)],
+    "tiled": [VerifyCase("sjd", 4099, 3, 1, params=replace(EVERYTHING, top_k=300), init="left-sample", drift=0.1)],
     "past-the-end": [VerifyCase("maximal", 7, 30, init=init, drift=0.0) for init in ("random", "above-repeat")],
     "not-finite": [VerifyCase("maximal", 256, 4, params=EVERYTHING, bad=0.3, drift=0.0)],
 }
@@ -187,20 +187,25 @@ RUNS: dict[str, Callable[[], None]] = {
 
 
 def main(names: list[str]) -> int:
-    for name in names:
-        try:
-            with guarded():
-                RUNS[name]()
-        except interpreter.InterpreterError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OutOfBoundsError):
-                raise
-            frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith(sys.prefix)]
-            place = next(frame for frame in reversed(frames) if frame.filename != __file__ or "kernel" in frame.name)
-            print(f"{name}: {cause} (in {place.name}, line {place.lineno})")
-            return 1
-        print(f"{name}: in bounds")
-    return 0
+    stopped = [name for name in names if not in_bounds(name)]
+    return 1 if stopped else 0
+
+
+def in_bounds(name: str) -> bool:
+    """Whether a run touches nothing else than its arguments; prints what it did."""
+    try:
+        with guarded():
+            RUNS[name]()
+    except interpreter.InterpreterError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OutOfBoundsError):
+            raise
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith(sys.prefix)]
+        place = next(frame for frame in reversed(frames) if frame.filename != __file__ or "kernel" in frame.name)
+        print(f"{name}: {cause} (in {place.name}, line {place.lineno})")
+        return False
+    print(f"{name}: in bounds")
+    return True
 
 
 if __name__ == "__main__":
