@@ -5,9 +5,10 @@ import os
 import torch
 from torch import Tensor
 
+from sjd_engine.auto_window import DECIDE_EVERY, AutoWindow, History, PassCosts, least_seconds
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.eagle import EagleDrafter, Seen
-from sjd_engine.graph import Progress, StepGraphs
+from sjd_engine.graph import CudaCapture, Progress, StepGraphs
 from sjd_engine.models import ImageModel
 from sjd_engine.models.base import Context
 from sjd_engine.outputs import ImageStats
@@ -28,6 +29,7 @@ class Batch:
         batch_invariant: give the transformer one image at a time, so that its matrix products have the same shapes, and
             hence the same rounding, whatever else is in the batch.
         graphs: replay each pass as a CUDA graph.
+        costs: what passes of this model are known to take; None for nothing yet.
     """
 
     def __init__(
@@ -39,8 +41,11 @@ class Batch:
         *,
         batch_invariant: bool,
         graphs: bool = False,
+        costs: PassCosts | None = None,
     ):
         self.model, self.prompts, self.num_rows, self.group = model, prompts, num_rows, request.group
+        default = model.defaults.window_size if request.auto_window else request.window_size
+        self._first_window = min(default, request.window_size)
         self._eagle = None
         if request.method.trained:
             self._eagle = EagleDrafter(
@@ -55,7 +60,8 @@ class Batch:
             batch_size=num_rows + 1,
             num_tokens=request.schedule.num_tokens,
             vocab_size=model.num_codes,
-            window_size=request.window_size,
+            window_size=self._first_window,
+            max_window_size=request.window_size,
             method=request.method.name,
             params=request.params,
             seeds=[0] * (num_rows + 1),
@@ -69,15 +75,16 @@ class Batch:
             self.decoder.end(row)
         self._copies = 2 if self.decoder.guided else 1  # sequences of an image; a guided pair lies side by side
         num_sequences = self._copies * (num_rows + 1)
-        capacity = model.transformer.config.max_positions + self.decoder.window_size
+        max_window = self.decoder.max_window_size
+        capacity = model.transformer.config.max_positions + max_window
         self.kv_cache = prompts.kv_cache.sibling(num_sequences, capacity)
-        self.kv_cache.poison = self.decoder.window_size if os.environ.get(POISON) else 0
+        self.kv_cache.poison = max_window if os.environ.get(POISON) else 0
         hidden, dtype = model.transformer.config.hidden_size, model.transformer.dtype
         self._anchors = torch.zeros(num_sequences, hidden, dtype=dtype, device=model.device)
         self._prefix_lens = torch.zeros(num_sequences, dtype=torch.int32, device=model.device)
         # Of this pass, and of the one before, from which the decoder computes the laws of its drafts.
         pair = (self._copies,) if self.decoder.guided else ()
-        shape = (*pair, num_rows + 1, self.decoder.window_size, model.num_codes)
+        shape = (*pair, num_rows + 1, max_window, model.num_codes)
         self._logits = [torch.empty(shape, device=model.device) for _ in range(2)]
         self._parity = 0
         self._contexts: list[list[Context]] = [[] for _ in range(num_rows)]  # of each row; empty where it is vacant
@@ -85,6 +92,13 @@ class Batch:
         self._at_most = [0] * num_rows
         self._ends = [0] * num_rows  # what it holds in the end
         self._progress = Progress(num_rows + 1, model.device)
+        # Of each row: windows of its passes, passes when the device was last asked, and what is known since.
+        self._windows: list[list[int]] = [[] for _ in range(num_rows)]
+        self._asked = [0] * num_rows
+        self._known = [(0, 0)] * num_rows
+        costs = PassCosts() if costs is None else costs
+        self._auto = AutoWindow(request.method.refresh, max_window, costs) if request.auto_window else None
+        self._until_decision = 1
         self._invariant = batch_invariant
         self._graphs = StepGraphs(self._fixed_pass, num_rows, model.device) if graphs else None
 
@@ -102,6 +116,7 @@ class Batch:
         Returns: its row.
         Raises: PagesExhausted where too few pages are free; nothing has changed then.
         """
+        others = self.rows
         row = next(row for row, contexts in enumerate(self._contexts) if not contexts)
         contexts = request.prompts[index].contexts(guided=self.decoder.guided)
         try:
@@ -112,7 +127,11 @@ class Batch:
         except BaseException:
             self.end(row)
             raise
+        if not others:  # nothing remains of the window of images that have left
+            self.decoder.window_size = self._first_window
         self._progress.begin(row)
+        self._windows[row], self._asked[row], self._known[row] = [], 0, (0, 0)
+        self._until_decision = 1
         self._at_most[row] = max(map(len, contexts)) - 1
         self._ends[row] = self._at_most[row] + self.decoder.num_tokens
         return row
@@ -148,35 +167,40 @@ class Batch:
 
     def step(self) -> None:
         """One pass: the windows through the transformer, verified, and the cache rolled back."""
-        rows = self.rows
-        if self._graphs is None:
+        rows, window = self.rows, self.decoder.window_size
+        next_window = self._next_window(rows)
+        if self._graphs is None or next_window != window:  # a change is not worth a graph
             groups = [[row] for row in rows] if self._invariant else [rows]
             device = self.model.device
             self._pass(
-                [(torch.tensor(g, device=device), max(self._at_most[row] for row in g)) for g in groups], self._parity
+                [(torch.tensor(g, device=device), max(self._at_most[row] for row in g)) for g in groups],
+                self._parity,
+                next_window,
             )
         else:
-            self._graphs.run(rows, self._parity)
+            self._graphs.run(rows, self._parity, window)
         self._parity = 1 - self._parity
         for row in rows:
-            self._at_most[row] = min(self._at_most[row] + self.decoder.window_size, self._ends[row])
+            self._at_most[row] = min(self._at_most[row] + window, self._ends[row])
+            self._windows[row].append(window)
 
     def _fixed_pass(self, rows: Tensor, parity: int) -> None:
-        """A pass whose shapes depend on the number of rows alone."""
-        self._pass([(rows, self.kv_cache.capacity - self.decoder.window_size)], parity)
+        """A pass whose shapes depend on the number of rows and the window alone."""
+        self._pass([(rows, self.kv_cache.capacity - self.decoder.max_window_size)], parity)
 
-    def _pass(self, groups: list[tuple[Tensor, int]], parity: int) -> None:
+    def _pass(self, groups: list[tuple[Tensor, int]], parity: int, next_window: int | None = None) -> None:
         """The pass itself: reads and writes nothing but tensors of the batch, in place, and waits for nothing.
 
         Args:
             groups: row numbers, and a bound of the tokens that their sequences hold, for each call of the transformer.
             parity: which logits are written; the others are those of the pass before.
+            next_window: of the next pass; None for that of this one.
         """
         ids, _ = self.decoder.window()
-        logits = self._logits[parity]
+        logits = self._logits[parity][..., : self.decoder.window_size, :]
         for rows, longest in groups:
             logits.index_copy_(logits.ndim - 3, rows, self._forward(ids[rows], rows, longest))
-        result = self.decoder.verify(logits, self._logits[1 - parity])
+        result = self.decoder.verify(logits, self._logits[1 - parity], next_window)
         self.kv_cache.advance(self._prefix_lens, result.num_committed)
 
     def _forward(self, ids: Tensor, rows: Tensor, longest: int) -> Tensor:
@@ -189,9 +213,46 @@ class Batch:
         logits = self.model.transformer.logits(hidden).unflatten(0, (-1, self._copies))
         return logits.transpose(0, 1) if self.decoder.guided else logits.squeeze(1)
 
+    # -------------------------------------------------------------------------------------------------------- windows
+
+    def _next_window(self, rows: list[int]) -> int:
+        """The window of the next pass, decided by counts that the host knows."""
+        self._until_decision = (self._until_decision or DECIDE_EVERY) - 1
+        if self._auto is None or self._until_decision:
+            return self.decoder.window_size
+        together = [*rows, *[self.num_rows] * self.num_rows]  # filled up with the vacant row
+        size = self._graphs.size(len(rows)) if self._graphs else len(rows)
+        together = together[: 1 if self._invariant else size]
+        num_sequences = self._copies * len(together)
+        self._auto.measure(num_sequences, lambda window: self._seconds(together, window))
+        histories = [
+            History(self._windows[row][:passes], committed, self.decoder.num_tokens - committed)
+            for row in rows
+            for passes, committed in [self._known[row]]
+        ]
+        return self._auto.choose(self.decoder.window_size, num_sequences, histories)
+
+    def _seconds(self, rows: list[int], window: int) -> float:
+        """Seconds of the transformer on windows of some rows. It writes behind the lengths of their caches, where the
+        next pass writes anyway."""
+        device = self.model.device
+        ids = torch.zeros(len(rows), window, dtype=torch.int64, device=device)
+        index, longest = torch.tensor(rows, device=device), max(self._at_most)
+
+        def forward() -> None:
+            self._forward(ids, index, longest)
+
+        if self._graphs is None:
+            return least_seconds(forward, self.model.transformer)
+        forward()  # libraries choose their kernels before a capture
+        return least_seconds(CudaCapture()(forward), self.model.transformer)
+
     def poll(self, *, lag: bool = False) -> list[int]:
         """Tokens of every row so far; with `lag` what is known without waiting for the passes under way."""
         committed = self._progress.poll(self.decoder.num_committed, lag=lag)
+        passes = list(map(len, self._windows))
+        self._known = list(zip(self._asked if lag else passes, committed, strict=False))  # not the vacant row
+        self._asked = passes
         if not lag:
             for row in self.rows:
                 self._at_most[row] = self._ends[row] - self.decoder.num_tokens + committed[row]
@@ -211,6 +272,7 @@ class Batch:
             nfe=stats.iterations[0],
             num_tokens=schedule.num_tokens,
             committed_per_pass=stats.committed_per_pass[0],
+            window_sizes=self._windows[row][: stats.iterations[0]],
             seconds=seconds,
             acceptance_map=stats.commit_pass[0, schedule.image_positions].view(schedule.rows, schedule.cols).numpy(),
             zero_residual=stats.zero_residual[0],

@@ -5,6 +5,7 @@ Exit status 0, 2 (bad arguments) or 1 (failure, nothing written).
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +28,7 @@ def generate(
     ] = Path("out.png"),
     model: Annotated[str, typer.Option(help="'emoji' or a checkpoint folder.")] = "emoji",
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "maximal",
-    window: Annotated[int | None, typer.Option(help="Tokens of a forward pass; default: the model's.")] = None,
+    window: Annotated[str, typer.Option(help="Tokens of a forward pass, or 'auto': the fastest.")] = "auto",
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
     n: Annotated[int, typer.Option("--num-images", "-n", help="Images to draw.")] = 1,
     guidance_scale: Annotated[float | None, typer.Option(help=">= 1; 1 turns guidance off.")] = None,
@@ -48,7 +49,7 @@ def generate(
     out = engine.generate(
         prompt,
         method=method,
-        window_size=window,
+        window_size=int(window) if re.fullmatch(r"-?\d+", window) else window,
         seed=seed,
         num_images_per_prompt=n,
         guidance_scale=guidance_scale,
@@ -66,6 +67,7 @@ def generate(
             "method": method,
             "seed": image_seed,
             "init": init,
+            "window": window,
             "nfe": stats.nfe,
         }
         save_png(image, path, recipe)

@@ -17,7 +17,7 @@ from sjd_engine.kv_cache import PAGE_SIZE
 from sjd_engine.loading import load
 from sjd_engine.models import ImageModel
 from sjd_engine.outputs import Finished, Generation, StepInfo, StreamEvent
-from sjd_engine.request import at_least, make_request
+from sjd_engine.request import AUTO, at_least, make_request
 from sjd_engine.schedule import Schedule
 from sjd_engine.scheduler import Image, Job, Scheduler
 
@@ -83,7 +83,7 @@ class Engine:
         prompt: str | Sequence[str],
         *,
         method: str = "maximal",
-        window_size: int | None = None,
+        window_size: int | str = AUTO,
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
@@ -104,7 +104,9 @@ class Engine:
         Args:
             prompt: one text or a list.
             method: ar, jacobi, sjd, sjd++, maximal, gumbel, exact or eagle; see `sjd_engine.methods`.
-            window_size: tokens of a forward pass, >= 1.
+            window_size: tokens of a forward pass, >= 1. "auto" measures what passes take and lets each have the window
+                that promises most tokens a second. The law of the images is the same; but which image a seed gives
+                depends on the windows, unless the method is ar, jacobi or exact. `ar` always takes 1.
             seed: an int (image i uses seed + i) or one int for each image.
             num_images_per_prompt: >= 1; images are ordered prompt by prompt.
             guidance_scale: >= 1; 1 turns guidance off.
@@ -281,10 +283,11 @@ class Engine:
     def _event(self, image: Image) -> StreamEvent:
         """An image as far as it has come."""
         request, codes = image.job.request, image.codes
-        drafted = min(image.num_committed + request.window_size - 1, request.schedule.num_tokens)
+        drafted = request.schedule.num_tokens
         if codes is None:
             assert image.batch is not None
             codes = image.batch.codes(image.row)
+            drafted = min(image.num_committed + image.batch.decoder.window_size - 1, drafted)
         shown = None
         if request.output_type != "codes":
             shown = convert(self._preview(codes, drafted, request.schedule), request.output_type)[0]

@@ -1,6 +1,6 @@
 """CUDA graphs of one decoding pass: hundreds of launches become one, and the host may run ahead of the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,14 @@ def obstacle(model: ImageModel, page_size: int) -> str:
 
 
 class StepGraphs:
-    """Runs a pass, eagerly at first, then as a captured graph; one pair of graphs for each number of rows.
+    """Runs a pass, eagerly at first, then as a captured graph; one pair of graphs for each number of rows and shape.
 
     A pass writes one of two logits buffers and reads the other, so two graphs take turns. The number of rows is rounded
     up to a power of two and filled up with a row that is always vacant.
 
     Args:
         run: a pass over rows [R] int64 that writes the buffer of the given parity. It waits for nothing, and its shapes
-            depend on R alone.
+            depend on R and on the caller's `shape` alone.
         num_rows: most rows of a pass; also the number of the vacant row.
         device: where the rows lie.
         capture: (call) -> what replays it, made without executing `call`.
@@ -49,25 +49,30 @@ class StepGraphs:
         self._capture = CudaCapture() if capture is None else capture
         self._rows: dict[int, Tensor] = {}  # by size: where its graphs read the row numbers
         self._chosen: dict[int, list[int]] = {}  # by size: the row numbers that stand there
-        self._eager_passes: dict[int, int] = {}
-        self._replays: dict[tuple[int, int], Callable[[], None]] = {}  # by size and parity
+        self._eager_passes: dict[tuple[int, Hashable], int] = {}
+        self._replays: dict[tuple[int, Hashable, int], Callable[[], None]] = {}  # by size, shape and parity
 
-    def run(self, rows: Sequence[int], parity: int) -> None:
-        """One pass over `rows`; parity 0 and 1 take turns."""
-        size = min(1 << (len(rows) - 1).bit_length(), self._num_rows)
+    def size(self, num_rows: int) -> int:
+        """Rows of a pass over `num_rows`, those that fill it up among them."""
+        return min(1 << (num_rows - 1).bit_length(), self._num_rows)
+
+    def run(self, rows: Sequence[int], parity: int, shape: Hashable = None) -> None:
+        """One pass over `rows`; parity 0 and 1 take turns. `shape`: what else the shapes of the pass depend on."""
+        size = self.size(len(rows))
         filled = [*rows, *[self._num_rows] * (size - len(rows))]
         if size not in self._rows:
             self._rows[size] = torch.empty(size, dtype=torch.int64, device=self._device)
         if self._chosen.get(size) != filled:
             self._rows[size].copy_(torch.tensor(filled))
             self._chosen[size] = filled
-        if self._eager_passes.get(size, 0) < WARM_UP:
-            self._eager_passes[size] = self._eager_passes.get(size, 0) + 1
+        passes = self._eager_passes.get((size, shape), 0)
+        if passes < WARM_UP:
+            self._eager_passes[size, shape] = passes + 1
             self._run(self._rows[size], parity)
             return
-        if (size, parity) not in self._replays:
-            self._replays[size, parity] = self._capture(lambda: self._run(self._rows[size], parity))
-        self._replays[size, parity]()
+        if (size, shape, parity) not in self._replays:
+            self._replays[size, shape, parity] = self._capture(lambda: self._run(self._rows[size], parity))
+        self._replays[size, shape, parity]()
 
 
 class CudaCapture:

@@ -14,6 +14,7 @@ class ImageStats:
     nfe: forward passes of the transformer, the prompt's and the tail's included; a guided pair counts once.
     num_tokens: tokens generated, forced ones included.
     committed_per_pass: tokens committed by each pass.
+    window_sizes: of each pass.
     seconds: from the moment the image began until its last token.
     acceptance_map: [rows, cols] int64, the pass in which each image token was committed, from 0.
     zero_residual, nonfinite_rows, zero_draft_prob: counters of rare events, see `kernels.state.WindowState`.
@@ -22,6 +23,7 @@ class ImageStats:
     nfe: int
     num_tokens: int
     committed_per_pass: list[int]
+    window_sizes: list[int]
     seconds: float
     acceptance_map: np.ndarray
     zero_residual: int

@@ -42,6 +42,11 @@ class SharedTransformer(Transformer):
         dist.all_gather(parts, mine)
         return torch.cat(parts, -1)
 
+    def slowest(self, seconds: float) -> float:
+        value = torch.tensor(seconds, dtype=torch.float64, device=self.embedding.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value.item()  # sync: all processes must decide alike
+
 
 def add_up(x: Tensor) -> Tensor:
     """The sum of every process's `x`, in its place; bit for bit the same in all of them."""

@@ -11,17 +11,22 @@ from sjd_engine.models.draft_head import FILE
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
+AUTO = "auto"
 EAGLE_WINDOW = 6  # longer chains are seldom accepted whole
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything a call needs, with the family's defaults filled in. One prompt and one seed for each image."""
+    """Everything a call needs, with the family's defaults filled in. One prompt and one seed for each image.
+
+    window_size: tokens of a forward pass; the most of them where auto_window lets every pass have its own.
+    """
 
     prompts: list[Prompt]
     seeds: list[int]
     method: Method
     window_size: int
+    auto_window: bool
     params: SamplingParams
     schedule: Schedule
     init: str
@@ -35,7 +40,7 @@ def make_request(
     prompt: str | Sequence[str],
     *,
     method: str = "maximal",
-    window_size: int | None = None,
+    window_size: int | str = AUTO,
     seed: int | Sequence[int] = 0,
     num_images_per_prompt: int = 1,
     guidance_scale: float | None = None,
@@ -74,34 +79,44 @@ def make_request(
         raise ValueError("negative_prompt: needs guidance_scale > 1, got 1")
     size = (model.image_size[0] if height is None else height, model.image_size[1] if width is None else width)
     schedule = model.schedule(*size)
-    trained = get_method(method).trained
-    if trained and model.draft_head is None:
+    decoding = get_method(method)
+    if decoding.trained and model.draft_head is None:
         raise ValueError(
             f"method: {method} drafts with a trained head, which {model.name} has none of: put {FILE} beside its "
             "weights (examples/emoji/train_eagle.py makes one), or take another method"
         )
-    if window_size is None:
-        window_size = EAGLE_WINDOW if trained else model.defaults.window_size
-    at_least("window_size", window_size, 1)
+    auto_window = window_size == AUTO and not decoding.one_token and not decoding.trained
+    largest = EAGLE_WINDOW if decoding.trained else model.defaults.max_window_size
+    window_size = min(check_window(window_size, largest), schedule.num_tokens)
+    window_size = 1 if decoding.one_token else window_size
     if not reuse_threshold > 0:
         raise ValueError(f"reuse_threshold: expected > 0, got {reuse_threshold}")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     prompts = [model.build_prompt(text, negative, *size) for text, negative in zip(texts, negatives, strict=True)]
-    window_size = min(window_size, schedule.num_tokens)
     grid = (schedule.rows, schedule.cols, *sorted(schedule.forced.items()))
     return Request(
         prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
         seeds=seed_list(seed, len(prompts) * num_images_per_prompt),
-        method=get_method(method),
+        method=decoding,
         window_size=window_size,
+        auto_window=auto_window,
         params=params,
         schedule=schedule,
         init=init,
         reuse_threshold=reuse_threshold,
         output_type=output_type,
-        group=(method, window_size, check_init(init), grid, params.in_use(model.num_codes)),
+        group=(method, window_size, auto_window, check_init(init), grid, params.in_use(model.num_codes)),
     )
+
+
+def check_window(value: int | str, largest: int) -> int:
+    """`value`, or `largest` where it is "auto"."""
+    if value == AUTO:
+        return largest
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"window_size: expected an int or {AUTO!r}, got {value!r}")
+    return at_least("window_size", value, 1)
 
 
 def text_list(argument: str, value: str | Sequence[str]) -> list[str]:

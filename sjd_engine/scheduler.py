@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sjd_engine.auto_window import PassCosts
 from sjd_engine.batch import Batch
 from sjd_engine.kv_cache import PagedKVCache
 from sjd_engine.models import ImageModel
@@ -117,6 +118,7 @@ class Scheduler:
         self.waiting: deque[Image] = deque()
         self.running: list[Image] = []
         self._batches: dict[Hashable, Batch] = {}
+        self._costs = PassCosts()
         self._passes = 0
 
     # ----------------------------------------------------------------------------------------------- jobs come and go
@@ -205,6 +207,7 @@ class Scheduler:
                 self.max_batch_size,
                 batch_invariant=self._batch_invariant,
                 graphs=self._graphs,
+                costs=self._costs,
             )
         return self._batches[request.group]
 

@@ -59,6 +59,7 @@ def test_several_images_get_numbers(sjd, tmp_path):
         (["a cat", "--method", "magic", "-o", "new/cat.png"], 2, "known methods"),
         (["", "-o", "x.png"], 2, "prompt: expected words"),
         (["a cat", "--window", "-2"], 2, "window_size: expected >= 1"),
+        (["a cat", "--window", "wide"], 2, "window_size: expected an int or 'auto', got 'wide'"),
         (["a cat", "--top-k", "-1"], 2, "top_k: expected >= 0"),
         (["a cat", "-o", "cat.jpg"], 2, "expected a .png file"),
         (["a cat", "-o", "taken/cat.png"], 2, "is not a writable folder"),

@@ -1,9 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sjd_engine import Engine, StepInfo
+from sjd_engine.auto_window import AutoWindow
 from sjd_engine.methods import INITS, METHODS
 
 PROMPTS = ["a red apple", "noto soccer ball on grass", "twemoji smiling face on brick"]
@@ -29,6 +32,16 @@ class TestExactSeed:
     @pytest.mark.parametrize("window", [8, 64])
     def test_alone(self, engine, ar_codes, window):
         assert torch.equal(codes(engine, PROMPTS[1], method="exact", seed=12, window_size=window), ar_codes[1:2])
+
+    def test_with_windows_that_change(self, engine, ar_codes, monkeypatch):
+        """They grow and shrink, and passes that are only timed lie between."""
+        wanted = itertools.cycle([8, 64, 4, 24, 48, 12])
+        monkeypatch.setattr(AutoWindow, "choose", lambda *arguments: next(wanted))
+        out = engine.generate(PROMPTS, method="exact", seed=[11, 12, 13], progress=False, output_type="codes")
+        assert torch.equal(out.token_ids, ar_codes)
+        for stats in out.stats:
+            assert len(stats.window_sizes) == stats.nfe
+            assert set(stats.window_sizes) >= {4, 8, 12, 24, 48, 64}
 
     def test_whatever_the_neighbours(self, engine, ar_codes):
         prompts = ["blue car on stars", PROMPTS[0], "a cat face", "dark wood"]
@@ -198,6 +211,7 @@ BAD_ARGUMENTS = [
     ({"window_size": 0}, ValueError, "window_size: expected >= 1, got 0"),
     ({"window_size": -4}, ValueError, "window_size: expected >= 1, got -4"),
     ({"window_size": 2.5}, TypeError, "window_size: expected an int"),
+    ({"window_size": "wide"}, TypeError, "window_size: expected an int or 'auto', got 'wide'"),
     ({"top_k": -1}, ValueError, "top_k: expected >= 0"),
     ({"top_p": 0.0}, ValueError, "top_p"),
     ({"temperature": 0.0}, ValueError, "temperature: expected > 0"),

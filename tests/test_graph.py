@@ -80,7 +80,7 @@ class TestProgress:
 
 def decode(engine: Engine, capture) -> list[torch.Tensor]:
     """Three images of one prompt, begun at different passes, with passes captured by `capture` or eager for None."""
-    request = make_request(engine.model, "noto red heart", method="maximal", num_images_per_prompt=3, seed=4)
+    request = make_request(engine.model, "noto red heart", window_size=16, num_images_per_prompt=3, seed=4)
     batch = Batch(engine.model, engine.scheduler.prompts, request, 4, batch_invariant=False)
     if capture is not None:
         batch._graphs = StepGraphs(batch._fixed_pass, 4, engine.model.device, capture)
@@ -112,7 +112,7 @@ class TestOnAGPU:
         captured = Engine("emoji", device="cuda", dtype=torch.float32, batch_invariant=False, cuda_graphs=True)
         eager = Engine(captured.model, batch_invariant=False, cuda_graphs=False)
         images = [
-            e.generate("a red apple", num_images_per_prompt=4, output_type="codes", progress=False).token_ids.cpu()
+            e.generate("a red apple", window_size=32, num_images_per_prompt=4, output_type="codes").token_ids.cpu()
             for e in (captured, eager)
         ]
         assert (images[0] == images[1]).float().mean() > 0.9

@@ -18,7 +18,7 @@ LEVELS = [
     {"sjd_engine.decoder", "sjd_engine.models"},
     {"sjd_engine.outputs", "sjd_engine.request", "sjd_engine.parallel", "sjd_engine.quantize", "sjd_engine.pack"},
     {"sjd_engine.loading"},
-    {"sjd_engine.graph", "sjd_engine.prompt_cache", "sjd_engine.eagle"},
+    {"sjd_engine.graph", "sjd_engine.prompt_cache", "sjd_engine.eagle", "sjd_engine.auto_window"},
     {"sjd_engine.batch"},
     {"sjd_engine.scheduler"},
     {"sjd_engine.engine"},

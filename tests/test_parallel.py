@@ -66,6 +66,7 @@ def work(folder: Path) -> None:
         share = parallel.share(tiny(switches))
         seen[name] = logits(share)
         seen[f"{name} bytes"] = matrix_bytes(share)
+    seen["slowest"] = share.slowest(1.5 + dist.get_rank())
     whole_sum, parallel.add_up = parallel.add_up, lambda x: x
     seen["never summed"] = logits(share)
     parallel.add_up = whole_sum
@@ -105,6 +106,10 @@ def test_the_same_logits_as_one_process(seen, name):
 def test_processes_see_the_same_bit_for_bit(seen, name):
     for first, second in zip(seen[0][name], seen[1][name], strict=True):
         assert torch.equal(first, second)
+
+
+def test_processes_agree_on_what_a_pass_takes(seen):
+    assert [process["slowest"] for process in seen] == [2.5, 2.5]
 
 
 def test_shares_that_are_never_summed_would_show(seen):

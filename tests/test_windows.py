@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sjd_engine import JacobiDecoder, SamplingParams, Schedule
+from sjd_engine import JacobiDecoder, SamplingParams, Schedule, auto_window
+from sjd_engine.auto_window import AutoWindow, History, PassCosts
 from sjd_engine.decoder import ROW_STATE
 from sjd_engine.testing import TableModel, forget, g_test, outcome_counts
 
@@ -76,6 +77,41 @@ def by_a_draft(decoder: JacobiDecoder, windows: Tensor) -> Tensor:
     return torch.where(unwanted & (windows > 2), 1, 3)
 
 
+class ByPolicy:
+    """What `window_size="auto"` chooses for each sequence, decoded alone, where pass times grow with the window.
+
+    peeks: count the draft behind the first one as committed where it is token 0, which breaks rule C2.
+    """
+
+    def __init__(self, *, peeks: bool = False):
+        costs = PassCosts()
+        self.policy, self.peeks = AutoWindow("maximal", VOCAB, costs), peeks
+        self.policy.measure(1, lambda window: 3 + window)
+        self.passes: list[Tensor] = []
+
+    def __call__(self, decoder: JacobiDecoder, windows: Tensor) -> Tensor:
+        committed = decoder.num_committed
+        if self.peeks:
+            draft = decoder._state.tokens.gather(1, committed[:, None] + 2).squeeze(1)
+            committed = torch.where((draft == 0) & (windows > 2), committed + 8, committed)
+        known, sequences = torch.stack((*self.passes, windows, committed), 1).unique(dim=0, return_inverse=True)
+        self.passes.append(windows)
+        chosen = [
+            self.policy.choose(current, 1, [History(before, count, TOKENS - count)])
+            for *before, current, count in known.tolist()
+        ]
+        return torch.tensor(chosen)[sequences]
+
+
+@pytest.fixture
+def toy_windows(monkeypatch):
+    """Every window up to 4, and a prior that a toy image outweighs."""
+    monkeypatch.setattr(auto_window, "CANDIDATES", (1, 2, 3, 4))
+    monkeypatch.setattr(auto_window, "MEASURED", (1, 4))
+    monkeypatch.setattr(auto_window, "PRIOR_TOKENS", 1)
+    monkeypatch.setattr(auto_window, "WORTH_A_CHANGE", 0.0)
+
+
 def p_value(method: str, init: str, top_k: int, next_windows: Callable[[JacobiDecoder, Tensor], Tensor]) -> float:
     decoder = JacobiDecoder(
         batch_size=100_000,
@@ -99,3 +135,16 @@ def test_windows_that_committed_tokens_decide_leave_the_law(method, init, top_k)
 
 def test_a_window_that_a_draft_decides_fails():
     assert p_value("maximal", "random", 0, by_a_draft) < 1e-20
+
+
+@pytest.mark.usefixtures("toy_windows")
+@pytest.mark.parametrize("method", ["maximal", "gumbel"])
+def test_the_automatic_window_leaves_the_law(method):
+    policy = ByPolicy()
+    assert p_value(method, "above-sample", 0, policy) > SIGNIFICANCE
+    assert sum(len(windows.unique()) > 1 for windows in policy.passes) >= 2, "unlike histories have unlike windows"
+
+
+@pytest.mark.usefixtures("toy_windows")
+def test_an_automatic_window_that_counts_a_draft_fails():
+    assert p_value("maximal", "random", 0, ByPolicy(peeks=True)) < 1e-20

@@ -56,10 +56,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Defaults:
-    """A family's defaults for the arguments of `generate` that are None."""
+    """A family's defaults for the arguments of `generate` that are None.
+
+    window_size: with which `window_size="auto"` begins.
+    max_window_size: how large it may get; a batch keeps the logits of two such windows of each image.
+    """
 
     window_size: int
     params: SamplingParams
+    max_window_size: int = 64
 
 
 class ImageModel(ABC):

@@ -234,6 +234,10 @@ class Transformer(nn.Module):
             x = block(x, run)
         return x
 
+    def slowest(self, seconds: float) -> float:
+        """The most that any of the processes that share this transformer has measured."""
+        return seconds
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> [..., V] float32 logits of the image rows."""
