@@ -89,6 +89,14 @@ SJD_INLINE uint32_t fixed_low(float w) {
 }
 SJD_INLINE uint64_t join_halves(uint32_t high, uint32_t low) { return (static_cast<uint64_t>(high) << 21) + low; }
 SJD_INLINE uint64_t fixed_point(float w) { return join_halves(fixed_high(w), fixed_low(w)); }
+// The same as a float32 again, which a float32 that is rounded down still is.
+SJD_INLINE float counted(float w) {
+  const float high = static_cast<float>(static_cast<int32_t>(fixed_high(w)));
+  const float low = static_cast<float>(static_cast<int32_t>(fixed_low(w)));
+  return high * 0x1p-23f + low * 0x1p-44f;
+}
+// What scales weights of this total to sum to 1; 0 where there are none.
+inline float scale_of(uint64_t total) { return total ? static_cast<float>(0x1p44 / static_cast<double>(total)) : 0.0f; }
 
 // floor(word * total / 2^32): the cumulative weight that a draw must exceed.
 inline uint64_t share(uint32_t word, uint64_t total) {

@@ -68,10 +68,11 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
             const Strides& previous_strides, int64_t batch_size, int64_t window_size, int64_t next_window_size,
             int64_t max_window_size, int64_t vocab_size, int64_t num_tokens, uintptr_t tokens, uintptr_t num_committed, uintptr_t iteration, uintptr_t commit_pass,
             uintptr_t law_row, uintptr_t laws, uintptr_t zero_residual, uintptr_t nonfinite_rows,
-            uintptr_t zero_draft_prob, uintptr_t num_accepted, uintptr_t drafted, uintptr_t drafted_scale,
-            uintptr_t forced_ids, uintptr_t row_start, uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale,
-            uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t reuse_threshold,
-            const std::string& accept, const std::string& refresh, const std::string& init, int num_threads) {
+            uintptr_t zero_draft_prob, int64_t candidates, int64_t depth, uintptr_t siblings, uintptr_t num_accepted,
+            uintptr_t accepted_slots, uintptr_t drafted, uintptr_t drafted_scale, uintptr_t forced_ids,
+            uintptr_t row_start, uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale, uintptr_t temperature,
+            uintptr_t top_k, uintptr_t top_p, uintptr_t reuse_threshold, const std::string& accept,
+            const std::string& refresh, const std::string& init, int num_threads) {
   constexpr int64_t kMost = INT32_MAX;
   check_range(kVerify, "batch_size", batch_size, 1, kMost);
   check_range(kVerify, "max_window_size", max_window_size, 1, kMost);
@@ -102,6 +103,12 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
   p.nonfinite_rows = required<int64_t>(kVerify, "nonfinite_rows", nonfinite_rows);
   p.zero_draft_prob = required<int64_t>(kVerify, "zero_draft_prob", zero_draft_prob);
   p.num_accepted = required<int64_t>(kVerify, "num_accepted", num_accepted);
+  const bool has_tree = depth > 1;
+  check_range(kVerify, "depth", depth, 1, window_size);
+  check_range(kVerify, "candidates", candidates, has_tree ? 2 : 1, has_tree ? kMostCandidates : 1);
+  p.tree = {candidates, depth};
+  p.siblings = has_tree ? required<int64_t>(kVerify, "siblings", siblings) : nullptr;
+  p.accepted_slots = has_tree ? required<int64_t>(kVerify, "accepted_slots", accepted_slots) : nullptr;
   p.drafted = optional<float>(drafted);
   p.drafted_scale = optional<float>(drafted_scale);
   p.forced_ids = optional<int64_t>(forced_ids);
@@ -227,6 +234,22 @@ void advance_rollback(uintptr_t context_lens, uintptr_t prefix_lens, uintptr_t n
                       required<int32_t>(kOp, "prefix_lens", prefix_lens),
                       required<int64_t>(kOp, "num_committed", num_committed), num_sequences, copies},
       place);
+}
+
+void compact_kv(const Pages& pages, uintptr_t context_lens, uintptr_t from_slots, int64_t copies, int64_t num_levels,
+                const Place& place) {
+  constexpr const char* kOp = "compact_kv";
+  check_range(kOp, "copies", copies, 1, pages.num_sequences);
+  check_range(kOp, "num_levels", num_levels, 1, INT32_MAX);
+  CompactKV op{pages.at(kOp),
+               required<int32_t>(kOp, "context_lens", context_lens),
+               required<int64_t>(kOp, "from_slots", from_slots),
+               copies,
+               num_levels,
+               pages.num_layers,
+               false};
+  op.wide = all_wide({number(op.kv.pages), op.kv.row_bytes});
+  run(kOp, op, place);
 }
 
 void copy_pages(const Pages& pages, uintptr_t copies, int64_t num_copies, const Place& place) {
@@ -367,6 +390,8 @@ void define_paged_cache(py::module_& m) {
   m.def("advance_rollback", &advance_rollback, py::kw_only(), arg("context_lens"), arg("prefix_lens"),
         arg("num_committed"), arg("num_sequences"), arg("copies"), arg("place"),
         "Move the lengths to what a pass has committed.");
+  m.def("compact_kv", &compact_kv, arg("pages"), py::kw_only(), arg("context_lens"), arg("from_slots"), arg("copies"),
+        arg("num_levels"), arg("place"), "Move a tree's accepted path behind its context, in all layers.");
   m.def("copy_pages", &copy_pages, arg("pages"), py::kw_only(), arg("copies"), arg("num_copies"), arg("place"),
         "Copy pages in all layers.");
   m.def("gather_kv", &gather_kv, arg("pages"), py::kw_only(), arg("out"), arg("context_lens"), arg("num_new"),
@@ -400,8 +425,8 @@ PYBIND11_MODULE(_C, m) {
         arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"),
         arg("next_window_size"), arg("max_window_size"), arg("vocab_size"),
         arg("num_tokens"), arg("tokens"), arg("num_committed"), arg("iteration"), arg("commit_pass"), arg("law_row"),
-        arg("laws"), arg("zero_residual"), arg("nonfinite_rows"), arg("zero_draft_prob"), arg("num_accepted"),
-        arg("drafted"), arg("drafted_scale"),
+        arg("laws"), arg("zero_residual"), arg("nonfinite_rows"), arg("zero_draft_prob"), arg("candidates"),
+        arg("depth"), arg("siblings"), arg("num_accepted"), arg("accepted_slots"), arg("drafted"), arg("drafted_scale"),
         arg("forced_ids"), arg("row_start"), arg("above"), arg("seeds"), arg("guidance_scale"), arg("temperature"),
         arg("top_k"), arg("top_p"), arg("reuse_threshold"), arg("accept"), arg("refresh"), arg("init"),
         arg("num_threads"),

@@ -44,6 +44,7 @@ void launch(const char* name, const Op& op, int device, void* stream) {
 
 void run_cuda(const AppendKV& op, int device, void* stream) { launch("append_kv", op, device, stream); }
 void run_cuda(const AdvanceRollback& op, int device, void* stream) { launch("advance_rollback", op, device, stream); }
+void run_cuda(const CompactKV& op, int device, void* stream) { launch("compact_kv", op, device, stream); }
 void run_cuda(const CopyPages& op, int device, void* stream) { launch("copy_pages", op, device, stream); }
 void run_cuda(const GatherKV& op, int device, void* stream) { launch("gather_kv", op, device, stream); }
 void run_cuda(const PoisonKV& op, int device, void* stream) { launch("poison_kv", op, device, stream); }

@@ -127,6 +127,28 @@ struct AdvanceRollback {
   }
 };
 
+// Token context_lens[s] + from_slots[s / copies][l] becomes token context_lens[s] + 1 + l, in all layers: the accepted
+// path of a tree joins its context. No slot that is read is written.
+struct CompactKV {
+  PagedKV kv;
+  const int32_t* context_lens;  // [S]
+  const int64_t* from_slots;    // [S / copies, num_levels]
+  int64_t copies, num_levels, num_layers;
+  bool wide;
+
+  SJD_INLINE int64_t count() const { return num_layers * kv.num_sequences * num_levels * 2; }
+  SJD_INLINE int64_t bytes() const { return count() * kv.row_bytes; }
+  SJD_INLINE void operator()(int64_t item, int lane, int lanes) const {
+    const auto [table, level] = divide(item >> 1, num_levels);
+    const auto [layer, s] = divide(table, kv.num_sequences);
+    const int64_t which = item & 1, slot = from_slots[divide(s, copies).quotient * num_levels + level];
+    if (slot == level + 1) return;
+    const char* from = kv.row(layer, s, context_lens[s] + slot, which);
+    char* to = kv.row(layer, s, context_lens[s] + 1 + level, which);
+    if (from != nullptr && to != nullptr) copy_bytes(to, from, kv.row_bytes, wide, lane, lanes);
+  }
+};
+
 // Copy whole pages in all layers: what PageAllocator's fork and own ask for.
 struct CopyPages {
   PagedKV kv;
@@ -186,6 +208,7 @@ struct PoisonKV {
 // On `num_threads` threads of the CPU.
 void run_cpu(const AppendKV& op, int num_threads);
 void run_cpu(const AdvanceRollback& op, int num_threads);
+void run_cpu(const CompactKV& op, int num_threads);
 void run_cpu(const CopyPages& op, int num_threads);
 void run_cpu(const GatherKV& op, int num_threads);
 void run_cpu(const PoisonKV& op, int num_threads);
@@ -193,6 +216,7 @@ void run_cpu(const PoisonKV& op, int num_threads);
 // One launch on a stream of a CUDA device, which is not waited for. Throws std::runtime_error with CUDA's own message.
 void run_cuda(const AppendKV& op, int device, void* stream);
 void run_cuda(const AdvanceRollback& op, int device, void* stream);
+void run_cuda(const CompactKV& op, int device, void* stream);
 void run_cuda(const CopyPages& op, int device, void* stream);
 void run_cuda(const GatherKV& op, int device, void* stream);
 void run_cuda(const PoisonKV& op, int device, void* stream);

@@ -34,6 +34,7 @@ void run(const Op& op, int num_threads) {
 
 void run_cpu(const AppendKV& op, int num_threads) { run(op, num_threads); }
 void run_cpu(const AdvanceRollback& op, int num_threads) { run(op, num_threads); }
+void run_cpu(const CompactKV& op, int num_threads) { run(op, num_threads); }
 void run_cpu(const CopyPages& op, int num_threads) { run(op, num_threads); }
 void run_cpu(const GatherKV& op, int num_threads) { run(op, num_threads); }
 void run_cpu(const PoisonKV& op, int num_threads) { run(op, num_threads); }

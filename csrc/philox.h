@@ -7,7 +7,7 @@
 
 namespace sjd {
 
-constexpr uint32_t kWindow = 0, kGumbel = 1;  // purposes
+constexpr uint32_t kWindow = 0, kGumbel = 1, kTrySiblings = 2, kDrawSiblings = 3;  // purposes
 enum Word { kAccept, kFresh, kResidual, kInit };
 
 struct Words {

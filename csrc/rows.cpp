@@ -177,6 +177,13 @@ SJD_CLONES void subtract_draft(float* target, float target_scale, const float* d
   }
 }
 
+SJD_CLONES void subtract_counted(float* target, float target_scale, const float* draft, float draft_scale, int n) {
+  for (int j = 0; j < n; ++j) {
+    const float rest = counted(target[j]) * target_scale - counted(draft[j]) * draft_scale;
+    target[j] = rest > 0.0f ? rest : 0.0f;
+  }
+}
+
 // -------------------------------------------------------------------------------------------------------- Gumbel
 
 namespace {

@@ -48,6 +48,9 @@ uint64_t sum_blocks(const float* weights, int n, uint64_t* sums);
 // target[j] = max(target[j] * target_scale - draft[j] * draft_scale, 0).
 void subtract_draft(float* target, float target_scale, const float* draft, float draft_scale, int n);
 
+// The same of the law that a draw from either counts: both are rounded down to it first.
+void subtract_counted(float* target, float target_scale, const float* draft, float draft_scale, int n);
+
 // The arg-max of key_value(keys[j]) + Gumbel noise of (seed, position, token j) over the tokens of positive weight,
 // lowest id first.
 int gumbel_argmax(const int32_t* keys, const float* weights, int n, int64_t seed, int64_t position);

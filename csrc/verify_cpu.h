@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "rows.h"
+#include "tree.h"
 
 namespace sjd {
 
@@ -18,6 +19,7 @@ struct VerifyParams {
   int64_t batch_size, num_tokens;
   int64_t window_size, next_window_size, max_window_size;  // of this pass, of the next, and W
   int vocab_size;
+  Tree tree;
 
   int64_t* tokens;           // [B, 1 + T + 2W]
   int64_t* num_committed;    // [B]
@@ -28,7 +30,9 @@ struct VerifyParams {
   int64_t* zero_residual;    // [B]
   int64_t* nonfinite_rows;   // [B]
   int64_t* zero_draft_prob;  // [B]
+  int64_t* siblings;         // [B, D - 1, K - 1]
   int64_t* num_accepted;     // [B], output
+  int64_t* accepted_slots;   // [B, D - 1], output
 
   const float* drafted;        // [B, W, V], or null without a drafter
   const float* drafted_scale;  // [B, W], or null

@@ -82,6 +82,23 @@ def fixed_point(weights: Tensor) -> Tensor:
     return (weights.double() * ONE).long()
 
 
+def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """max(p - q, 0), unnormalised."""
+    return (target_probs - draft_probs).clamp_min_(0)
+
+
+def normalise(weights: Tensor) -> Tensor:
+    """The law that `draw` draws from, float32: what it counts of each weight, scaled to sum to 1; zeros where it counts
+    nothing.
+
+    Args:
+        weights: [..., V] float32 in [0, 1].
+    """
+    total = fixed_point(weights).sum(-1, keepdim=True)
+    scale = torch.where(total > 0, ONE / total.double(), 0.0).float()
+    return (weights * ONE).floor() / ONE * scale  # a float32 that is rounded down is still one
+
+
 def draw(weights: Tensor, words: Tensor) -> Tensor:
     """The first token whose cumulative weight exceeds its share word / 2^32 of the total.
 

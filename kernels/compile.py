@@ -35,14 +35,20 @@ HIP_TARGETS = ("gfx942", "gfx90a")
 TARGETS = (*CUDA_TARGETS, *HIP_TARGETS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BATCH_SIZE, WINDOW_SIZE, ROWS, COLS, TILED_VOCAB = 2, 96, 48, 48, 65536  # what the kernels are specialised for
-# Launches of `verify`, guided and with top-k: the default method, the one with the most work in a row, and the
-# deterministic one.
+# Launches of `verify`, guided and with top-k: the default method, the one with the most work in a row, the
+# deterministic one, and the default with a tree.
 VARIANTS = {
     "maximal": {"accept": "ratio", "refresh": "maximal", "init": "random"},
     "widest": {"accept": "ratio", "refresh": "reuse", "init": "above-sample"},  # and all that is optional
     "exact": {"accept": "match", "refresh": "gumbel", "init": "random"},
+    "tree": {"accept": "ratio", "refresh": "maximal", "init": "random", "tree": (3, 3)},
 }
-VARIANT_TARGETS = {"maximal": TARGETS, "widest": ("sm_80", "sm_90", "gfx942"), "exact": ("sm_90",)}
+VARIANT_TARGETS = {
+    "maximal": TARGETS,
+    "widest": ("sm_80", "sm_90", "gfx942"),
+    "exact": ("sm_90",),
+    "tree": ("sm_80", "sm_90", "gfx942"),
+}
 SEQUENCES, KV_HEADS, GROUP, TABLE_WIDTH = 2, 8, 4, 64
 # Page size of the launches of `window_attention`: under the causal rule, a block of keys in one page, or with a tree's
 # bias, a page for each key; and of what puts their chunks together.
@@ -71,9 +77,16 @@ class VerifyKernel:
         every = self.variant == "widest"
         floats, ints = torch.ones(BATCH_SIZE), torch.ones(BATCH_SIZE, dtype=torch.int64)
         positions = torch.empty(num_tokens, dtype=torch.int64)
-        drafted_codes = vocab_size if every else 0
-        state = WindowState.new(BATCH_SIZE, num_tokens, WINDOW_SIZE, "cpu", drafted_codes=drafted_codes)
-        logits = torch.empty(2, BATCH_SIZE, WINDOW_SIZE, vocab_size, dtype=DTYPES[self.dtype])
+        options: dict[str, Any] = VARIANTS[self.variant]
+        state = WindowState.new(
+            BATCH_SIZE,
+            num_tokens,
+            WINDOW_SIZE,
+            "cpu",
+            drafted_codes=vocab_size if every else 0,
+            tree=options.get("tree"),
+        )
+        logits = torch.empty(2, BATCH_SIZE, state.published.shape[1], vocab_size, dtype=DTYPES[self.dtype])
         state.previous_logits = torch.empty_like(logits)
         verify(
             logits,
@@ -86,7 +99,7 @@ class VerifyKernel:
             top_k=ints,
             top_p=floats if every else None,
             reuse_threshold=floats,
-            **VARIANTS[self.variant],
+            **options,
         )
 
 

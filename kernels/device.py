@@ -84,13 +84,19 @@ def share(word, total):
 
 
 @triton.jit
-def window_words(seed, position, iteration):
-    """The four words of a position in this iteration, as int64."""
+def counter_words(seed, position, iteration, PURPOSE: tl.constexpr):
+    """The four words of a position in this iteration for a purpose, as int64."""
     zero = position.to(tl.uint32) ^ position.to(tl.uint32)
     c0, c1 = position.to(tl.uint32), zero + iteration.to(tl.uint32)
     k0, k1 = (seed & WORD).to(tl.uint32), ((seed >> 32) & WORD).to(tl.uint32)
-    a, b, c, d = tl.philox_impl(c0, c1, zero + WINDOW, zero, zero + k0, zero + k1)
+    a, b, c, d = tl.philox_impl(c0, c1, zero + PURPOSE, zero, zero + k0, zero + k1)
     return a.to(tl.int64), b.to(tl.int64), c.to(tl.int64), d.to(tl.int64)
+
+
+@triton.jit
+def window_words(seed, position, iteration):
+    """Those of the window."""
+    return counter_words(seed, position, iteration, WINDOW)
 
 
 @triton.jit

@@ -39,11 +39,20 @@ def choose(vocab_size: int) -> Launch:
 
 
 def constants(
-    accept: str, refresh: str, init: str, max_window_size: int, vocab_size: int, cols: int
+    accept: str,
+    refresh: str,
+    init: str,
+    max_window_size: int,
+    vocab_size: int,
+    cols: int,
+    tree: tuple[int, int] | None,
 ) -> dict[str, object]:
     """The constexpr arguments of `verify._verify_kernel`: the same for every window of a decoder."""
     row = choose(vocab_size)
+    candidates, depth = (1, 1) if tree is None else tree
     return {
+        "CANDIDATES": candidates,
+        "DEPTH": depth,
         "ACCEPT": accept,
         "REFRESH": refresh,
         "INIT": init,

@@ -116,6 +116,23 @@ def advance_rollback(context_lens: Tensor, prefix_lens: Tensor, num_committed: T
     context_lens.copy_(prefix_lens + num_committed.repeat_interleave(copies))
 
 
+def compact_kv(pages: Tensor, block_table: Tensor, context_lens: Tensor, from_slots: Tensor) -> None:
+    """Move the window's token in slot from_slots[s / copies, l] to its slot l + 1, in all layers: the accepted path of
+    a tree joins its context. Tokens without a page are skipped.
+
+    Args:
+        pages: [L, P, 2, page_size, KH, D].
+        from_slots: [B, D - 1] int64, l + 1 where nothing is to be moved; copies = S / B. No other slot of 1..D - 1.
+    """
+    copies = len(context_lens) // len(from_slots)
+    first = context_lens.long()[:, None]
+    from_page, from_slot, found = slots(pages, block_table, first + from_slots.repeat_interleave(copies, 0))
+    levels = torch.arange(1, from_slots.shape[1] + 1, device=pages.device).expand(len(context_lens), -1)
+    to_page, to_slot, exists = slots(pages, block_table, first + levels)
+    moved = found & exists
+    pages[:, to_page[moved], :, to_slot[moved]] = pages[:, from_page[moved], :, from_slot[moved]]
+
+
 def copy_pages(pages: Tensor, copies: Tensor) -> None:
     """Copy whole pages in all layers: copies [N, 2] int32, (from, to)."""
     source, target = copies.long().unbind(1)

@@ -22,6 +22,8 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 # Purposes: the low byte of the counter's third word.
 WINDOW = 0  # one block of four words for each (position, iteration): accept, fresh, residual, init
 GUMBEL = 1  # the fixed noise of a position (iteration 0), one block for four vocabulary entries
+TRY_SIBLINGS = 2  # one block: a word for the acceptance of each sibling of a tree, see tree.py
+DRAW_SIBLINGS = 3  # one block: a word for the draw of each sibling
 
 ACCEPT, FRESH, RESIDUAL, INIT = range(4)  # the words of a WINDOW block
 
@@ -59,7 +61,7 @@ def draw_words(seeds: Tensor, positions: Tensor, iterations: Tensor, purpose: in
         seeds: [B] int64. The image's seed, any 64-bit value.
         positions: [B, N] int64 in 0..2^32-1.
         iterations: [B] int64.
-        purpose: WINDOW or GUMBEL.
+        purpose: one of those above.
         num_blocks: Philox blocks for each position, numbered from 0.
     Returns: [4, B, N, num_blocks] int64, words in 0..2^32-1.
     """

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .arithmetic import ONE, draw, exp, fixed_point
+from .arithmetic import ONE, draw, exp, fixed_point, residual
 from .state import DRAFTED, ONE_HOT, UNIFORM, Grid, VerifyResult, WindowState, reads_previous_logits
+from .tree import Tree, draw_siblings, try_siblings, walk
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -142,11 +143,6 @@ def warp(
     return torch.where(nonfinite[..., None], 0.0, z), nonfinite
 
 
-def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """max(p - q, 0), unnormalised."""
-    return (target_probs - draft_probs).clamp_min_(0)
-
-
 # ---------------------------------------------------------------------------------------------------------- one pass
 
 
@@ -166,12 +162,13 @@ def verify(
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
     reuse_threshold: Tensor | None = None,
+    tree: tuple[int, int] | None = None,
 ) -> VerifyResult:
     """Accept, recover, refresh and refill the window of every sequence, and move its state to the next pass.
 
     Args:
         logits: [B, W, V] or [2, B, W, V] of this pass; row i predicts position num_committed + i. Its values must stay
-            as they are until the next pass is verified.
+            as they are until the next pass is verified. With a tree its rows follow, in the order of their slots.
         state: updated in place.
         grid: forced tokens and neighbours of every position.
         window_size: W of this pass, at most the state's.
@@ -188,18 +185,23 @@ def verify(
         seeds: [B] int64.
         guidance_scale, temperature, top_k, top_p: see `warp`.
         reuse_threshold: [B] float32, tau of "reuse".
+        tree: (K, D), see tree.py; W is then the length of the chain, at least D. For "ratio", and not with "reuse".
     Returns: VerifyResult. A row without one finite logit rejects its draft, draws from the uniform law and is counted.
     Source: module docstring. Rules C1-C5 of exactness are kept by every combination but "reuse".
     """
     device = state.tokens.device
     next_window_size = window_size if next_window_size is None else next_window_size
     rows = torch.arange(window_size, device=device)
-    positions = state.num_committed[:, None] + rows  # [B, W], what each row predicts
+    offsets, has_child = rows, rows < window_size - 1
+    if tree is not None:
+        tree = Tree(*tree)
+        offsets, has_child = tree.offsets(window_size).to(device), tree.has_child(window_size).to(device)
+    positions = state.num_committed[:, None] + offsets  # [B, R], what each row predicts
     inside = positions < grid.num_tokens
     forced_ids = torch.full_like(positions, -1)
     if grid.forced_ids is not None:
         forced_ids = grid.forced_ids[positions.clamp_max(grid.num_tokens - 1)]
-    has_draft = inside & (rows < window_size - 1)
+    has_draft = inside & has_child
     sampled = inside & (forced_ids < 0)
     drafts = state.tokens.gather(1, positions + 1)
     words = philox.draw_words(seeds, positions, state.iteration, philox.WINDOW).squeeze(-1)
@@ -208,19 +210,29 @@ def verify(
     law = row_law(z, top_k, top_p)
     weights = row_weights(z, law)
     nonfinite = law.peak == NEGATIVE_INFINITY
+    trial, accepted_slots = None, None
     if accept == "match":
         recovered = refreshed = coupled_draw(weights, z, refresh, seeds, positions)
         passed = drafts == recovered
     else:
         target_probs = weights * law.scale[..., None]
-        draft_probs = draft_laws(state, drafts, z.shape[-1], guidance_scale, temperature)
+        draft_weights, draft_scale = draft_laws(state, drafts, offsets, z.shape[-1], guidance_scale, temperature)
+        draft_probs = draft_weights * draft_scale[..., None]
         ids = drafts.clamp(0, z.shape[-1] - 1)[..., None]  # a forced id may lie outside the image vocabulary
         p_draft, q_draft = (probs.gather(-1, ids).squeeze(-1) for probs in (target_probs, draft_probs))
         passed = philox.uniform(words[philox.ACCEPT]) * q_draft < p_draft
         left_over = residual(target_probs, draft_probs)
+        if tree is not None:
+            siblings = tree.of_rows(state.siblings, window_size)
+            siblings = siblings.where((sampled & ~nonfinite & (state.law_row[:, offsets] >= 0))[..., None], -1)
+            words_of_siblings = philox.draw_words(seeds, positions, state.iteration, philox.TRY_SIBLINGS).squeeze(-1)
+            trial = try_siblings(left_over, draft_weights, ids.squeeze(-1), passed, siblings, words_of_siblings)
+            left_over = trial.left_over
         empty = fixed_point(left_over).sum(-1) == 0
         from_target = ~has_draft | nonfinite | empty
         recovered = draw(torch.where(from_target[..., None], weights, left_over), words[philox.RESIDUAL])
+        if trial is not None:
+            recovered = torch.where(trial.child > 1, trial.tokens, recovered)
         if refresh == "maximal":
             refreshed = torch.where(passed & has_draft & ~nonfinite, drafts, recovered)
         elif refresh in ("fresh", "reuse"):
@@ -232,52 +244,66 @@ def verify(
             refreshed = coupled_draw(weights, z, refresh, seeds, positions)
 
     accepted = has_draft & ((passed & ~nonfinite) | (forced_ids >= 0))
-    num_accepted = accepted.cumprod(1).sum(1)
-    at_first = rows == num_accepted[:, None]
-    out = torch.where(at_first, recovered, refreshed)
+    num_accepted = accepted[:, :window_size].cumprod(1).sum(1)
+    last_row = num_accepted
+    if trial is not None:
+        child = torch.where(accepted, 1, trial.child.where(trial.child > 1, 0))
+        num_accepted, last_row, accepted_slots, path_rows = walk(tree, child, num_accepted, window_size)
+        # The drafts of the chain, but for what the path has in their place.
+        on_path = torch.where(child > 1, recovered, drafts).gather(1, path_rows)
+        drafts = torch.cat((on_path, drafts[:, tree.depth - 1 : window_size]), 1)
+    chain = slice(window_size)  # the rows and positions of the chain
+    out = torch.where(rows == num_accepted[:, None], recovered.gather(1, last_row[:, None]), refreshed[:, chain])
     out = torch.where(rows < num_accepted[:, None], drafts, out)
-    out = torch.where(forced_ids >= 0, forced_ids, out)
+    out = torch.where(forced_ids[:, chain] >= 0, forced_ids[:, chain], out)
     num_new = (num_accepted + 1).minimum(grid.num_tokens - state.num_committed)
     if accept == "ratio":
-        state.zero_residual += (empty & at_first & has_draft & sampled & ~nonfinite).sum(1)
-        state.zero_draft_prob += ((q_draft <= 0) & has_draft & sampled).sum(1)
-    state.nonfinite_rows += (nonfinite & sampled).sum(1)
+        without_mass = (empty & has_draft & sampled & ~nonfinite).gather(1, last_row[:, None])
+        state.zero_residual += without_mass.squeeze(1)
+        state.zero_draft_prob += ((q_draft <= 0) & has_draft & sampled)[:, chain].sum(1)
+    state.nonfinite_rows += (nonfinite & sampled)[:, chain].sum(1)
 
     sequences = torch.arange(len(seeds), device=device)
-    state.laws[state.iteration % 2, sequences, :window_size] = torch.stack(law, -1)
+    state.laws[state.iteration % 2, sequences, :window_size] = torch.stack(law, -1)[:, chain]
     if reads_previous_logits(accept, state.max_window_size):
         state.previous_logits = logits
-    state.tokens.scatter_(1, positions + 1, out)
-    state.commit_pass.scatter_(1, positions, torch.where(rows < num_new[:, None], state.iteration[:, None], -1))
+    state.tokens.scatter_(1, positions[:, chain] + 1, out)
+    committed_now = rows < num_new[:, None]
+    state.commit_pass.scatter_(1, positions[:, chain], torch.where(committed_now, state.iteration[:, None], -1))
     if next_window_size > 1:
-        fill_window(state, grid, num_new, next_window_size, init, seeds, weights)
+        fill_window(state, grid, num_new, next_window_size, init, seeds, weights[:, chain])
+    if tree is not None:
+        state.siblings.copy_(next_siblings(state, grid, num_new, tree, seeds, weights[:, chain]))
     state.iteration += num_new > 0
     state.num_committed += num_new
-    return VerifyResult(num_accepted.minimum(num_new), state.num_committed.clone())
+    return VerifyResult(num_accepted.minimum(num_new), state.num_committed.clone(), accepted_slots)
 
 
 def draft_laws(
     state: WindowState,
     drafts: Tensor,
+    offsets: Tensor,
     vocab_size: int,
     guidance_scale: Tensor | None,
     temperature: Tensor | None,
-) -> Tensor:
-    """[B, W, V] float32: q of every draft, computed from the previous logits as p was then."""
-    law_row = state.law_row[:, : drafts.shape[1], None]
-    laws = torch.where(law_row == UNIFORM, torch.tensor(1.0 / vocab_size), 0.0)
-    laws = laws + ((law_row == ONE_HOT) & (torch.arange(vocab_size, device=drafts.device) == drafts[..., None]))
+) -> tuple[Tensor, Tensor]:
+    """q of every draft, computed from the previous logits as p was then: ([B, R, V] float32 weights, [B, R] scales)."""
+    law_row = state.law_row[:, offsets]
+    hot = (law_row == ONE_HOT)[..., None] & (torch.arange(vocab_size, device=drafts.device) == drafts[..., None])
+    weights = torch.where((law_row == UNIFORM)[..., None], 1.0, hot.float())
+    scale = torch.where(law_row == UNIFORM, torch.tensor(1.0 / vocab_size), 1.0)
     if state.drafted is not None and state.drafted_scale is not None:
-        drafted = (state.drafted * state.drafted_scale[..., None])[:, : drafts.shape[1]]
-        laws = torch.where(law_row == DRAFTED, drafted, laws)
+        weights = torch.where((law_row == DRAFTED)[..., None], state.drafted[:, offsets], weights)
+        scale = torch.where(law_row == DRAFTED, state.drafted_scale[:, offsets], scale)
     if state.previous_logits is None:
-        return laws
+        return weights, scale
     sequences = torch.arange(len(drafts), device=drafts.device)
-    z = combine(state.previous_logits, guidance_scale, temperature)
+    z = combine(state.previous_logits[..., : state.max_window_size, :], guidance_scale, temperature)
     law = RowLaw(*state.laws[(state.iteration + 1) % 2, sequences, : z.shape[1]].unbind(-1))
-    probs = row_weights(z, law) * law.scale[..., None]
-    rows = law_row.squeeze(-1).clamp(0, z.shape[1] - 1)  # where there is no draft it may be that of an older pass
-    return torch.where(law_row >= 0, take_rows(probs, rows), laws)
+    row = law_row.clamp(0, z.shape[1] - 1).long()  # where there is no draft it may be that of an older pass
+    known = law_row >= 0
+    weights = torch.where(known[..., None], take_rows(row_weights(z, law), row), weights)
+    return weights, torch.where(known, law.scale.gather(1, row), scale)
 
 
 def coupled_draw(weights: Tensor, z: Tensor, refresh: str, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -335,6 +361,25 @@ def redraft(state: WindowState, grid: Grid, seeds: Tensor, first_row: int, weigh
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows [B, R, V] at index [B, N] -> [B, N, V], a copy."""
     return rows[torch.arange(len(rows), device=rows.device)[:, None], index]
+
+
+def next_siblings(
+    state: WindowState, grid: Grid, num_new: Tensor, tree: Tree, seeds: Tensor, weights: Tensor
+) -> Tensor:
+    """[B, D - 1, K - 1] int64: siblings of the first drafts of the next window, whose tokens stand in the state.
+
+    A draft has some where it was in this window, is not forced and not past the image's end.
+
+    Args:
+        weights: [B, W, V], the laws of this pass's chain.
+    """
+    rows = num_new[:, None] + torch.arange(tree.depth - 1, device=seeds.device)
+    positions = state.num_committed[:, None] + rows
+    exists = (rows < weights.shape[1]) & (positions < grid.num_tokens)
+    if grid.forced_ids is not None:
+        exists &= grid.forced_ids[positions.clamp_max(grid.num_tokens - 1)] < 0
+    drafts, laws = state.tokens.gather(1, positions + 1), take_rows(weights, rows.clamp_max(weights.shape[1] - 1))
+    return draw_siblings(positions, drafts, laws, exists, seeds, state.iteration, tree.candidates - 1)
 
 
 # ------------------------------------------------------------------------------------------------------ initialisation

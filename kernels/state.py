@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .tree import Tree
+
 # Values of WindowState.law_row where the draft's law is no row of the previous pass.
 UNIFORM, ONE_HOT, DRAFTED = -1, -2, -3
 
@@ -30,10 +32,12 @@ class WindowState:
     zero_residual, nonfinite_rows, zero_draft_prob: [B] int64 counters: recovered tokens drawn from p because the
         residual had no mass (rounding), rows without one finite logit, and drafts outside their own law (a bug, never
         seen where rules C1 and C2 hold).
+    siblings: [B, D - 1, K - 1] int64. Candidates 2..K of the next D - 1 positions, see tree.py; -1 where there is none.
+        Empty without a tree.
     drafted: [B, W, V] float32 in [0, 1] and drafted_scale: [B, W] float32. Laws that a drafter gave the drafts of the
         next pass: q = drafted * drafted_scale. None without a drafter.
-    published: [B, W, 4] int64 and ticket: [B] int32, scratch of the fused kernel: what its programs tell the one that
-        finishes a sequence.
+    published: [B, N, 4 + K] int64 and ticket: [B] int32, scratch of the fused kernel: what the programs of its N rows
+        tell the one that finishes a sequence.
     """
 
     tokens: Tensor
@@ -46,6 +50,7 @@ class WindowState:
     zero_residual: Tensor
     nonfinite_rows: Tensor
     zero_draft_prob: Tensor
+    siblings: Tensor
     published: Tensor
     ticket: Tensor
     drafted: Tensor | None = None
@@ -64,8 +69,11 @@ class WindowState:
         device: torch.device | str,
         *,
         drafted_codes: int = 0,
+        tree: tuple[int, int] | None = None,
     ) -> "WindowState":
         """Nothing committed, and no drafts yet: `start` enters them. `drafted_codes`: V where there is a drafter."""
+        candidates, depth = (1, 1) if tree is None else tree
+        num_rows = max_window_size + (0 if tree is None else Tree(*tree).num_extra)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -83,7 +91,8 @@ class WindowState:
             zero_residual=zeros(batch_size),
             nonfinite_rows=zeros(batch_size),
             zero_draft_prob=zeros(batch_size),
-            published=zeros(batch_size, max_window_size, 4),
+            siblings=zeros(batch_size, depth - 1, candidates - 1) - 1,
+            published=zeros(batch_size, num_rows, 4 + candidates),
             ticket=torch.zeros(batch_size, dtype=torch.int32, device=device),
             drafted=torch.zeros(batch_size, max_window_size, drafted_codes, device=device) if drafted_codes else None,
             drafted_scale=torch.zeros(batch_size, max_window_size, device=device) if drafted_codes else None,
@@ -117,7 +126,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """num_accepted: [B] drafts accepted in this pass; num_committed: [B] tokens committed so far."""
+    """num_accepted: [B] drafts accepted in this pass; num_committed: [B] tokens committed so far.
+
+    accepted_slots: [B, D - 1] int64 with a tree: the slot of the window whose keys and values belong in slot 1, 2, ..
+        before the cache is rolled back; the very slot where nothing is to be moved. None without.
+    """
 
     num_accepted: Tensor
     num_committed: Tensor
+    accepted_slots: Tensor | None = None

@@ -34,16 +34,18 @@ from .device import (
     window_words,
 )
 from .select import select
+from .siblings import draw_siblings, level_of, num_extra_inside, try_siblings
 from .state import DRAFTED as DRAFTED_LAW
 from .state import ONE_HOT as ONE_HOT_LAW
 from .state import UNIFORM as UNIFORM_LAW
 from .state import Grid, VerifyResult, WindowState, reads_previous_logits
 
 UNIFORM, ONE_HOT, DRAFTED = tl.constexpr(UNIFORM_LAW), tl.constexpr(ONE_HOT_LAW), tl.constexpr(DRAFTED_LAW)
-# What a row publishes: FLAGS, and the tokens it would put out as the first rejected row, as any later row, and for the
-# position that enters with its law.
+# What a row publishes: FLAGS, and the tokens it would put out as the first rejected row (of a tree: the last of its
+# path), as any later row, and for the position that enters with its law.
 FLAGS, RECOVERED, REFRESHED, ENTERING = (tl.constexpr(i) for i in range(4))
-PUBLISHED = tl.constexpr(4)
+# With a tree also the number of the candidate that the row accepts, and the siblings of its position. K columns.
+CHILD = tl.constexpr(4)
 ACCEPTED, EMPTY, NONFINITE, IMPOSSIBLE = (tl.constexpr(1 << i) for i in range(4))
 
 
@@ -142,12 +144,14 @@ def _verify_kernel(
     zero_residual_ptr,  # [B] int64
     nonfinite_rows_ptr,  # [B] int64
     zero_draft_prob_ptr,  # [B] int64
-    published_ptr,  # [B, W, 4] int64
+    siblings_ptr,  # [B, D - 1, K - 1] int64
+    published_ptr,  # [B, N, 4 + K] int64
     ticket_ptr,  # [B] int32
     drafted_ptr,  # [B, W, V] float32 or None
     drafted_scale_ptr,  # [B, W] float32 or None
     num_accepted_ptr,  # [B] int64, out
     committed_out_ptr,  # [B] int64, out
+    accepted_slots_ptr,  # [B, D - 1] int64, out, or None
     forced_ids_ptr,  # [T] int64 or None
     row_start_ptr,  # [T] int64
     above_ptr,  # [T] int64
@@ -171,6 +175,8 @@ def _verify_kernel(
     max_window_size,
     vocab,
     num_tokens,
+    CANDIDATES: tl.constexpr,  # K, D of a tree; 1, 1 where there is none
+    DEPTH: tl.constexpr,
     ACCEPT: tl.constexpr,
     REFRESH: tl.constexpr,
     INIT: tl.constexpr,
@@ -179,31 +185,41 @@ def _verify_kernel(
     NUM_TILES: tl.constexpr,
     WINDOW_BLOCK: tl.constexpr,  # a power of two >= the largest window
 ):
-    window_row = tl.program_id(0)
+    window_slot = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     committed = tl.load(num_committed_ptr + sequence)
     iteration = tl.load(iteration_ptr + sequence)
     left = num_tokens - committed
     num_rows = tl.minimum(left, window_size)
+    window_row = level_of(window_slot, window_size, CANDIDATES, DEPTH)  # whose position and draft the slot's row shares
+    published_width = 4 + CANDIDATES
+    if accepted_slots_ptr is not None:
+        accepted_slots_ptr += sequence * (DEPTH - 1)
     if window_row >= num_rows:
-        if window_row == 0:  # a finished sequence
+        if window_slot == 0:  # a finished sequence
             tl.store(num_accepted_ptr + sequence, 0)
             tl.store(committed_out_ptr + sequence, committed)
+            for level in tl.static_range(1, DEPTH):
+                tl.store(accepted_slots_ptr + level - 1, level)
         return
 
     seed = tl.load(seeds_ptr + sequence)
     position = committed + window_row
     tokens_ptr += sequence * (1 + num_tokens + 2 * max_window_size) + 1  # of position 0
-    published_ptr += sequence * max_window_size * PUBLISHED
-    mine_ptr = published_ptr + window_row * PUBLISHED
+    num_extra = tl.num_programs(0) - window_size
+    published_ptr += sequence * (max_window_size + num_extra) * published_width
+    siblings_ptr += sequence * (DEPTH - 1) * (CANDIDATES - 1)
+    mine_ptr = published_ptr + window_slot * published_width
     draft = tl.load(tokens_ptr + position)
-    has_draft = window_row < window_size - 1
+    on_chain = window_slot < window_size
+    has_draft = tl.where(on_chain, window_slot < window_size - 1, window_row < DEPTH - 1)
     forced = tl.cast(-1, tl.int64)
     if forced_ids_ptr is not None:
         forced = tl.load(forced_ids_ptr + position)
 
     flags = tl.cast(ACCEPTED, tl.int32)
     recovered, refreshed = forced, forced
+    child = tl.cast(1, tl.int64)
     # The law of a forced row is asked for only by a position that enters with it.
     if (forced < 0) | (INIT == "left-sample") | (INIT == "above-sample"):
         guidance, inv_temperature, top_k, top_p = None, None, None, None
@@ -215,7 +231,7 @@ def _verify_kernel(
             top_k = tl.load(top_k_ptr + sequence)
         if top_p_ptr is not None:
             top_p = tl.load(top_p_ptr + sequence)
-        row_ptr = logits_ptr + sequence * stride_b + window_row.to(tl.int64) * stride_w
+        row_ptr = logits_ptr + sequence * stride_b + window_slot.to(tl.int64) * stride_w
         row = Row(None, row_ptr, stride_v, stride_pair, vocab, guidance, inv_temperature)
         if NUM_TILES == 1:
             ids = tile_ids(0, TILE)
@@ -258,10 +274,10 @@ def _verify_kernel(
             total += tl.sum(fixed_point(tile_weights(row, law, tile, TILE, NUM_TILES)))
         law = Law(peak, (tl.cast(ONE, tl.float64) / total.to(tl.float64)).to(tl.float32), cut, cut_id)
         slot_ptr = laws_ptr + ((iteration % 2 * batch_size + sequence) * max_window_size + window_row) * 4
-        tl.store(slot_ptr, peak)
-        tl.store(slot_ptr + 1, law.scale)
-        tl.store(slot_ptr + 2, cut)
-        tl.store(slot_ptr + 3, cut_id)
+        tl.store(slot_ptr, peak, mask=on_chain)
+        tl.store(slot_ptr + 1, law.scale, mask=on_chain)
+        tl.store(slot_ptr + 2, cut, mask=on_chain)
+        tl.store(slot_ptr + 3, cut_id, mask=on_chain)
 
         accept_word, fresh_word, residual_word, _ = window_words(seed, position, iteration)
         empty, impossible = tl.cast(0, tl.int1), tl.cast(0, tl.int1)
@@ -284,7 +300,9 @@ def _verify_kernel(
             passed = u * q_draft.to(tl.float64) < p_draft.to(tl.float64)
             impossible = has_draft & (q_draft <= 0)
             refreshed = draft
+            child = tl.cast(1, tl.int64)
             if not (has_draft & passed & (peak > NEGATIVE_INFINITY)):
+                child = tl.cast(0, tl.int64)
                 residual_total = tl.cast(0, tl.int64)
                 if has_draft & (peak > NEGATIVE_INFINITY):
                     for tile in range(NUM_TILES):
@@ -292,13 +310,25 @@ def _verify_kernel(
                             _tile_residual(row, law, previous, drafted, q_law, q_row, draft_id, tile, TILE, NUM_TILES)
                         )
                     empty = residual_total == 0
-                if residual_total > 0:
-                    recovered = _draw_residual(
-                        row, law, previous, drafted, q_law, q_row, draft_id, residual_total, residual_word, TILE,
-                        NUM_TILES,
-                    )  # fmt: skip
-                else:
-                    recovered = _draw_target(row, law, total, residual_word, TILE, NUM_TILES)
+                drawn = tl.cast(0, tl.int1)
+                if DEPTH > 1:
+                    row_siblings_ptr = siblings_ptr + window_row * (CANDIDATES - 1)
+                    inner = has_draft & (window_row < DEPTH - 1) & (peak > NEGATIVE_INFINITY) & (q_row >= 0)
+                    if tl.load(row_siblings_ptr, mask=inner, other=-1) >= 0:
+                        child, recovered, residual_total = try_siblings(
+                            row, law, previous, q_law, draft_id, residual_total, row_siblings_ptr, seed, position,
+                            iteration, residual_word, CANDIDATES, TILE, NUM_TILES,
+                        )  # fmt: skip
+                        empty = (child == 0) & (residual_total == 0)
+                        drawn = ~empty
+                if not drawn:
+                    if residual_total > 0:
+                        recovered = _draw_residual(
+                            row, law, previous, drafted, q_law, q_row, draft_id, residual_total, residual_word, TILE,
+                            NUM_TILES,
+                        )  # fmt: skip
+                    else:
+                        recovered = _draw_target(row, law, total, residual_word, TILE, NUM_TILES)
                 refreshed = recovered
             if REFRESH == "gumbel" or REFRESH == "argmax":
                 refreshed = _coupled(row, law, seed, position, REFRESH, TILE, NUM_TILES)
@@ -324,53 +354,100 @@ def _verify_kernel(
                 entering = last + 1 + slot
                 inside = entering < num_tokens
                 source = _neighbour(entering, last, row_start_ptr, above_ptr, inside, INIT, STEPS)
-                if source == position:
+                if on_chain & (source == position):
                     _, _, _, word = window_words(seed, entering, iteration)
                     token = _draw_target(row, law, total, word, TILE, NUM_TILES)
-                    tl.store(published_ptr + slot * PUBLISHED + ENTERING, token)
+                    tl.store(published_ptr + slot * published_width + ENTERING, token)
+
+        if DEPTH > 1:
+            if on_chain & (forced < 0):
+                draft_id = tl.minimum(tl.maximum(refreshed, 0), vocab - 1)
+                my_siblings_ptr = mine_ptr + CHILD + 1
+                draw_siblings(
+                    row, law, draft_id, total, my_siblings_ptr, seed, position, iteration, CANDIDATES, TILE, NUM_TILES
+                )
 
     if forced >= 0:
         flags = tl.cast(ACCEPTED, tl.int32)
         recovered, refreshed = forced, forced
+        child = tl.cast(1, tl.int64)
+        for i in tl.static_range(CANDIDATES - 1):
+            tl.store(mine_ptr + CHILD + 1 + i, -1)
+    if DEPTH > 1:
+        tl.store(mine_ptr + CHILD, tl.where(has_draft, child, 0))
     tl.store(mine_ptr + FLAGS, tl.where(has_draft, flags, flags & ~ACCEPTED).to(tl.int64))
     tl.store(mine_ptr + RECOVERED, recovered)
     tl.store(mine_ptr + REFRESHED, refreshed)
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr + sequence, 1, sem="acq_rel")
-    if ticket == num_rows - 1:
+    if ticket == num_rows + num_extra_inside(left, CANDIDATES, DEPTH) - 1:
         _finish_sequence(
             tokens_ptr, num_committed_ptr + sequence, iteration_ptr + sequence,
             commit_pass_ptr + sequence * (num_tokens + max_window_size), law_row_ptr + sequence * max_window_size,
             zero_residual_ptr + sequence, nonfinite_rows_ptr + sequence, zero_draft_prob_ptr + sequence,
-            published_ptr, ticket_ptr + sequence, num_accepted_ptr + sequence, committed_out_ptr + sequence,
-            forced_ids_ptr, row_start_ptr, above_ptr, seed, committed, iteration, num_rows, window_size,
-            next_window_size, vocab, num_tokens, INIT, STEPS, WINDOW_BLOCK,
+            siblings_ptr, published_ptr, ticket_ptr + sequence, num_accepted_ptr + sequence,
+            committed_out_ptr + sequence, accepted_slots_ptr, forced_ids_ptr, row_start_ptr, above_ptr, seed, committed,
+            iteration, num_rows, window_size, next_window_size, vocab, num_tokens, CANDIDATES, DEPTH, INIT, STEPS,
+            WINDOW_BLOCK,
         )  # fmt: skip
+
+
+@triton.jit
+def _walk(
+    published_ptr, accepted_slots_ptr, rows, drafts, num_accepted, num_rows, window_size,
+    CANDIDATES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(num_accepted, last_row, drafts) of the accepted path, and its slots written: `tree.walk`."""
+    published_width = 4 + CANDIDATES
+    last_row, path, length = num_accepted * 0, num_accepted * 0, num_accepted * 0
+    first, nodes = window_size, 1
+    for level in tl.static_range(1, DEPTH):
+        nodes *= CANDIDATES
+        row_ptr = published_ptr + last_row * published_width
+        goes_on = (length == level - 1) & (level <= num_rows)
+        child = tl.load(row_ptr + CHILD, mask=goes_on, other=0, volatile=True).to(tl.int32)
+        goes_on &= child > 0
+        sibling = tl.load(row_ptr + RECOVERED, mask=goes_on, other=0, volatile=True)
+        drafts = tl.where(goes_on & (child > 1) & (rows == level - 1), sibling, drafts)
+        path = tl.where(goes_on, path * CANDIDATES + child - 1, path)
+        last_row = tl.where(goes_on, tl.where(path == 0, level, first + path - 1), last_row)
+        length += goes_on.to(tl.int32)
+        tl.store(accepted_slots_ptr + level - 1, tl.where(goes_on, last_row, level))
+        first += nodes - 1
+    on_chain = last_row < window_size
+    return tl.where(on_chain, num_accepted, length), tl.where(on_chain, num_accepted, last_row), drafts
 
 
 @triton.jit
 def _finish_sequence(
     tokens_ptr, num_committed_ptr, iteration_ptr, commit_pass_ptr, law_row_ptr, zero_residual_ptr, nonfinite_rows_ptr,
-    zero_draft_prob_ptr, published_ptr, ticket_ptr, num_accepted_ptr, committed_out_ptr, forced_ids_ptr, row_start_ptr,
-    above_ptr, seed, committed, iteration, num_rows, window_size, next_window_size, vocab, num_tokens,
+    zero_draft_prob_ptr, siblings_ptr, published_ptr, ticket_ptr, num_accepted_ptr, committed_out_ptr,
+    accepted_slots_ptr, forced_ids_ptr, row_start_ptr, above_ptr, seed, committed, iteration, num_rows, window_size,
+    next_window_size, vocab, num_tokens, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr,
     INIT: tl.constexpr, STEPS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All rows have published: commit, refill the window, move the sequence to its next pass."""
     rows = tl.arange(0, WINDOW_BLOCK)
     inside = rows < num_rows
-    flags = tl.load(published_ptr + rows * PUBLISHED + FLAGS, mask=inside, other=0, volatile=True)
-    recovered = tl.load(published_ptr + rows * PUBLISHED + RECOVERED, mask=inside, other=0, volatile=True)
-    refreshed = tl.load(published_ptr + rows * PUBLISHED + REFRESHED, mask=inside, other=0, volatile=True)
+    published_width = 4 + CANDIDATES
+    flags = tl.load(published_ptr + rows * published_width + FLAGS, mask=inside, other=0, volatile=True)
+    refreshed = tl.load(published_ptr + rows * published_width + REFRESHED, mask=inside, other=0, volatile=True)
     drafts = tl.load(tokens_ptr + committed + rows, mask=inside, other=0)
     num_accepted = tl.min(tl.where(inside & ((flags & ACCEPTED) == 0), rows, num_rows.to(tl.int32)))
-    out = tl.where(rows == num_accepted, recovered, refreshed)
+    last_row = num_accepted
+    if DEPTH > 1:
+        num_accepted, last_row, drafts = _walk(
+            published_ptr, accepted_slots_ptr, rows, drafts, num_accepted, num_rows, window_size, CANDIDATES, DEPTH
+        )
+    last_ptr = published_ptr + last_row * published_width
+    out = tl.where(rows == num_accepted, tl.load(last_ptr + RECOVERED, volatile=True), refreshed)
     out = tl.where(rows < num_accepted, drafts, out)
     num_new = tl.minimum(num_accepted + 1, num_rows.to(tl.int32))
     tl.store(tokens_ptr + committed + rows, out, mask=inside)
     tl.store(commit_pass_ptr + committed + rows, tl.where(rows < num_new, iteration, -1), mask=inside)
 
-    empty = tl.sum(((flags & EMPTY) != 0).to(tl.int64) * (rows == num_accepted).to(tl.int64))
-    tl.store(zero_residual_ptr, tl.load(zero_residual_ptr) + empty)
+    empty = (tl.load(last_ptr + FLAGS, volatile=True) & EMPTY) != 0
+    tl.store(zero_residual_ptr, tl.load(zero_residual_ptr) + empty.to(tl.int64))
     nonfinite = tl.sum(((flags & NONFINITE) != 0).to(tl.int64))
     tl.store(nonfinite_rows_ptr, tl.load(nonfinite_rows_ptr) + nonfinite)
     impossible = tl.sum(((flags & IMPOSSIBLE) != 0).to(tl.int64))
@@ -394,7 +471,7 @@ def _finish_sequence(
             laws = tl.where(known, ONE_HOT, laws)
         else:
             known = enters & (source >= committed)
-            copied = tl.load(published_ptr + rows * PUBLISHED + ENTERING, mask=known, other=0, volatile=True)
+            copied = tl.load(published_ptr + rows * published_width + ENTERING, mask=known, other=0, volatile=True)
             laws = tl.where(known, (source - committed).to(tl.int32), laws)
         tokens = tl.where(known, copied, tokens)
     if forced_ids_ptr is not None:
@@ -403,6 +480,11 @@ def _finish_sequence(
     tl.store(tokens_ptr + entering, tokens, mask=enters)
     slot = window_size + rows - num_new
     tl.store(law_row_ptr + slot, laws, mask=enters & (slot >= 0) & (slot < next_window_size - 1))
+
+    for i in tl.static_range((DEPTH - 1) * (CANDIDATES - 1)):
+        row = num_new + i // (CANDIDATES - 1)
+        sibling_ptr = published_ptr + row * published_width + CHILD + 1 + i % (CANDIDATES - 1)
+        tl.store(siblings_ptr + i, tl.load(sibling_ptr, mask=row < num_rows, other=-1, volatile=True))
 
     tl.store(num_accepted_ptr, tl.minimum(num_accepted, num_new).to(tl.int64))
     tl.store(committed_out_ptr, committed + num_new)
@@ -427,6 +509,7 @@ def verify(
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
     reuse_threshold: Tensor | None = None,
+    tree: tuple[int, int] | None = None,
 ) -> VerifyResult:
     """`reference.verify` in one launch, on the current stream, without a host sync. Arguments and result: there."""
     guided = logits.ndim == 4
@@ -437,7 +520,8 @@ def verify(
     previous = state.previous_logits if reads_previous else None
     backend = "" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
     num_accepted, num_committed = torch.empty_like(state.num_committed), torch.empty_like(state.num_committed)
-    _verify_kernel[(window_size, batch_size)](
+    accepted_slots = None if tree is None else state.siblings.new_empty(state.siblings.shape[:2])
+    _verify_kernel[(logits.shape[-2], batch_size)](
         logits,
         previous,
         state.tokens,
@@ -449,12 +533,14 @@ def verify(
         state.zero_residual,
         state.nonfinite_rows,
         state.zero_draft_prob,
+        state.siblings,
         state.published,
         state.ticket,
         state.drafted if reads_previous else None,
         state.drafted_scale if reads_previous else None,
         num_accepted,
         num_committed,
+        accepted_slots,
         grid.forced_ids,
         grid.row_start,
         grid.above,
@@ -474,9 +560,9 @@ def verify(
         state.max_window_size,
         vocab_size,
         grid.num_tokens,
-        **launch.constants(accept, refresh, init, state.max_window_size, vocab_size, grid.cols),
+        **launch.constants(accept, refresh, init, state.max_window_size, vocab_size, grid.cols, tree),
         **launch.options(vocab_size, backend),
     )
     if reads_previous:
         state.previous_logits = logits
-    return VerifyResult(num_accepted, num_committed)
+    return VerifyResult(num_accepted, num_committed, accepted_slots)

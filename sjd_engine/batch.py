@@ -69,10 +69,12 @@ class Batch:
             init=request.init,
             reuse_threshold=request.reuse_threshold,
             drafter=self._eagle,
+            tree=request.tree,
             device=model.device,
         )
         for row in range(num_rows + 1):
             self.decoder.end(row)
+        self._num_slots = request.num_slots
         self._copies = 2 if self.decoder.guided else 1  # sequences of an image; a guided pair lies side by side
         num_sequences = self._copies * (num_rows + 1)
         max_window = self.decoder.max_window_size
@@ -139,7 +141,7 @@ class Batch:
     def _admit(self, sequence: int, context: Context) -> None:
         """Reserve the pages of one sequence, which begins with `context`."""
         prefix = len(context) - 1
-        capacity = prefix + self.decoder.num_tokens
+        capacity = prefix + self._num_slots
         self._anchors[sequence] = self.model.context_embeddings(context)[-1]
         self._prefix_lens[sequence] = prefix
         if self._eagle is not None:
@@ -201,13 +203,17 @@ class Batch:
         for rows, longest in groups:
             logits.index_copy_(logits.ndim - 3, rows, self._forward(ids[rows], rows, longest))
         result = self.decoder.verify(logits, self._logits[1 - parity], next_window)
+        if result.accepted_slots is not None:
+            self.kv_cache.compact(result.accepted_slots)
         self.kv_cache.advance(self._prefix_lens, result.num_committed)
 
     def _forward(self, ids: Tensor, rows: Tensor, longest: int) -> Tensor:
         """Logits [R, W, V], or [2, R, W, V] with guidance, of the windows ids [R, W] of some rows."""
         sequences = (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
         windows = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), self._anchors[sequences])
-        hidden = self.model.transformer(windows, self.kv_cache.select(sequences, longest))
+        layout = self.decoder.layout
+        kv_cache = self.kv_cache.select(sequences, longest)
+        hidden = self.model.transformer(windows, kv_cache, offsets=layout.offsets, window_bias=layout.window_bias)
         if self._eagle is not None:
             self._eagle.see(Seen(rows, sequences, hidden, longest))
         logits = self.model.transformer.logits(hidden).unflatten(0, (-1, self._copies))

@@ -37,6 +37,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
     init: Annotated[str, typer.Option(help=", ".join(INITS))] = "random",
+    tree: Annotated[str | None, typer.Option(help="K,D: up to K candidates for each of D - 1 tokens.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
 ) -> None:
     """Draw a prompt and write PNG files, with the recipe inside."""
@@ -58,6 +59,7 @@ def generate(
         top_p=top_p,
         negative_prompt=negative_prompt,
         init=init,
+        tree=None if tree is None else pair_of_ints("tree", tree),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     for path, image, stats, image_seed in zip(paths, out.images, out.stats, out.seeds, strict=True):
@@ -168,6 +170,14 @@ def tell_memory(name: str) -> None:
     typer.echo(f"peak memory   {peak():,.0f} MB of this process, {before:,.0f} MB of them before it was loaded")
     if model.device.type == "cuda":
         typer.echo(f"gpu memory    {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB of the GPU")
+
+
+def pair_of_ints(option: str, text: str) -> tuple[int, int]:
+    """ "3,2" as (3, 2). Raises: ValueError naming the option."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option}: expected two numbers such as 3,3, got {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 def check_writable(output: Path) -> None:

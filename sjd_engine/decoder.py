@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sjd_engine import ops
 from sjd_engine.drafting import Drafter, Drafts
-from sjd_engine.methods import check_init, get_method
+from sjd_engine.methods import METHODS, Method, check_init, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -23,6 +24,7 @@ ROW_STATE = (
     "zero_residual",
     "nonfinite_rows",
     "zero_draft_prob",
+    "siblings",
 )
 
 
@@ -44,6 +46,29 @@ class DecodeStats:
     zero_draft_prob: list[int]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the slots of a window stand to each other.
+
+    offsets: [W] int64, their positions relative to the anchor's.
+    window_bias: [W, W] float32, the mask of their attention to each other; None for the causal rule.
+    sibling: [W] int64, (level - 1) * K + a of a slot that holds candidate a > 0 of a tree's level; 0 elsewhere.
+    """
+
+    offsets: Tensor
+    window_bias: Tensor | None
+    sibling: Tensor
+
+    @classmethod
+    def new(cls, tree: ops.Tree | None, chain_size: int, device: torch.device) -> "Layout":
+        if tree is None:
+            offsets = torch.arange(chain_size, device=device)
+            return cls(offsets, None, torch.zeros_like(offsets))
+        offsets, ranks = tree.offsets(chain_size), tree.ranks(chain_size)
+        sibling = torch.where(ranks > 0, (offsets - 1) * tree.candidates + ranks, 0)
+        return cls(offsets.to(device), tree.window_bias(chain_size).to(device), sibling.to(device))
+
+
 class JacobiDecoder:
     """Decodes a batch of images with a window of draft tokens; the caller owns the model and its cache.
 
@@ -53,13 +78,16 @@ class JacobiDecoder:
             result = dec.verify(logits)
             caller_cache.truncate(result.num_committed)
 
+    With a tree the caller's pass takes `dec.layout.window_bias` as its mask, and before it truncates the cache it moves
+    the keys and values of slot result.accepted_slots[b, l] of the window to slot l + 1.
+
     Sequences of one batch advance at their own pace, and each gives what its seed gives alone.
 
     Args:
         batch_size: B >= 1.
         num_tokens: T >= 1, tokens of an image, forced ones included.
         vocab_size: V >= 2, image codes.
-        window_size: W >= 1, tokens of a forward pass. `ar` always takes 1.
+        window_size: W >= 1, tokens of a forward pass, a tree's among them. `ar` always takes 1.
         max_window_size: of windows that change from pass to pass, see `verify`; None: W stays as it is.
         method: a name of `sjd_engine.methods.METHODS`.
         params: sampling parameters of the batch.
@@ -68,6 +96,7 @@ class JacobiDecoder:
         init: how new drafts enter: random, left-repeat, above-repeat, left-sample, above-sample.
         reuse_threshold: tau of `sjd++`, > 0.
         drafter: what draws drafts anew after each pass; None leaves them to `init`.
+        tree: (K, D), up to K candidates for each of the first D - 1 positions, see `kernels.tree`; None for one.
         device: where the state lives.
     Raises: ValueError naming the argument, what was expected and what it got.
     """
@@ -87,6 +116,7 @@ class JacobiDecoder:
         init: str = "random",
         reuse_threshold: float = 0.5,
         drafter: Drafter | None = None,
+        tree: tuple[int, int] | None = None,
         device: torch.device | str = "cpu",
     ):
         max_window_size = window_size if max_window_size is None else max_window_size
@@ -113,6 +143,8 @@ class JacobiDecoder:
         self.init = check_init(init)
         self.window_size = 1 if self.method.one_token else window_size
         self.max_window_size = 1 if self.method.one_token else max_window_size
+        self.tree = check_tree(tree, self.method, self.window_size)
+        self._layouts: dict[int, Layout] = {}
         self.params = params or SamplingParams()
         self.schedule, self.vocab_size = schedule, vocab_size
         self.reuse_threshold = reuse_threshold
@@ -126,11 +158,12 @@ class JacobiDecoder:
         self._state = self._first_state(self._seeds)
 
     def _first_state(self, seeds: Tensor) -> ops.WindowState:
+        chain_size = self.max_window_size - self.num_extra
         drafted_codes = self.vocab_size if self._drafter else 0
         state = ops.WindowState.new(
-            len(seeds), self.num_tokens, self.max_window_size, self.device, drafted_codes=drafted_codes
+            len(seeds), self.num_tokens, chain_size, self.device, drafted_codes=drafted_codes, tree=self.tree
         )
-        arguments = {"window_size": self.max_window_size, "init": self.init, "vocab_size": self.vocab_size}
+        arguments = {"window_size": chain_size, "init": self.init, "vocab_size": self.vocab_size}
         ops.start(state, self._grid, seeds=seeds, **arguments)
         return state
 
@@ -145,10 +178,15 @@ class JacobiDecoder:
         """The tokens of the next forward pass: (ids, positions), both [B, W] int64.
 
         Slot 0 is the anchor, the last committed token, or -1 at position -1 (the end of the caller's prompt) before
-        anything is committed. Slots past the image's end have id 0 and position T.
+        anything is committed. Slots past the image's end have id 0 and position T. The slots of a tree's siblings
+        follow those of the chain, with positions of their own; slots of siblings that do not exist have id 0.
         """
-        slots = self._state.num_committed[:, None] + torch.arange(self.window_size, device=self.device)
+        layout = self.layout
+        slots = self._state.num_committed[:, None] + layout.offsets
         ids = self._state.tokens.gather(1, slots)
+        if self.tree is not None:
+            candidates = F.pad(self._state.siblings.clamp_min(0), (1, 0)).flatten(1)  # the first is the chain's draft
+            ids = torch.where(layout.sibling > 0, candidates[:, layout.sibling], ids)
         past = slots > self.num_tokens
         return ids.masked_fill(past, 0), (slots - 1).masked_fill(past, self.num_tokens)
 
@@ -166,8 +204,9 @@ class JacobiDecoder:
                 computed from it again, so that no probabilities are stored.
             previous_logits: those of the last pass, where this decoder did not see it because a CUDA graph replayed it;
                 None for those of the last call.
-            next_window_size: W of the next pass, in 1..max_window_size; None: that of this one. What it is must depend
-                on committed tokens alone, never on drafts: only then does the law of the images stay as it is.
+            next_window_size: W of the next pass, up to max_window_size, and at least 1 or what the tree takes; None:
+                that of this one. What it is must depend on committed tokens alone, never on drafts: only then does the
+                law of the images stay as it is.
         Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
         Raises: ValueError where the shape differs; the state is unchanged.
         """
@@ -177,8 +216,11 @@ class JacobiDecoder:
             names = "[2, B, W, V]" if self.guided else "[B, W, V]"
             raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
         next_window_size = self.window_size if next_window_size is None else next_window_size
-        if not 1 <= next_window_size <= self.max_window_size:
-            raise ValueError(f"verify: next_window_size must be in 1..{self.max_window_size}, got {next_window_size}")
+        least = 1 if self.tree is None else self.tree.least_window
+        if not least <= next_window_size <= self.max_window_size:
+            raise ValueError(
+                f"verify: next_window_size must be in {least}..{self.max_window_size}, got {next_window_size}"
+            )
         if previous_logits is not None and ops.reads_previous_logits(self.method.accept, self.max_window_size):
             self._state.previous_logits = previous_logits
         previous = None if torch.compiler.is_compiling() else self._state.previous_logits
@@ -189,12 +231,14 @@ class JacobiDecoder:
                 "verify: logits occupy the memory of the previous pass's logits, which this pass still reads; "
                 "pass a new tensor, or alternate between two buffers"
             )
+        chain = slice(self.chain_size)
         result = ops.verify(
             logits,
             self._state,
             self._grid,
-            window_size=self.window_size,
-            next_window_size=next_window_size,
+            window_size=self.chain_size,
+            next_window_size=next_window_size - self.num_extra,
+            tree=self.tree,
             accept=self.method.accept,
             refresh=self.method.refresh,
             init=self.init,
@@ -204,7 +248,7 @@ class JacobiDecoder:
         )
         self.window_size = next_window_size
         if self._drafter is not None and next_window_size > 1:
-            self._drafter(self._drafts(logits, result))
+            self._drafter(self._drafts(logits[..., chain, :], result))
         return result
 
     def _drafts(self, logits: Tensor, result: ops.VerifyResult) -> Drafts:
@@ -214,7 +258,7 @@ class JacobiDecoder:
             self._seeds,
             logits,
             first=result.num_committed - result.num_accepted - 1,  # at the image's end less, where nothing is drafted
-            num_drafts=self.window_size - 1,
+            num_drafts=self.chain_size - 1,
             warp_arguments=self.warp_arguments,
         )
 
@@ -266,6 +310,23 @@ class JacobiDecoder:
     @property
     def num_tokens(self) -> int:
         return self.schedule.num_tokens
+
+    @property
+    def num_extra(self) -> int:
+        """Slots of a window that a tree adds to the chain."""
+        return 0 if self.tree is None else self.tree.num_extra
+
+    @property
+    def chain_size(self) -> int:
+        """Slots of the window's chain."""
+        return self.window_size - self.num_extra
+
+    @property
+    def layout(self) -> Layout:
+        """Of the next window."""
+        if self.window_size not in self._layouts:
+            self._layouts[self.window_size] = Layout.new(self.tree, self.chain_size, self.device)
+        return self._layouts[self.window_size]
 
     @property
     def guided(self) -> bool:
@@ -336,6 +397,7 @@ class JacobiDecoder:
             "method": self.method.name,
             "init": self.init,
             "max_window_size": self.max_window_size,
+            "tree": self.tree,
             "vocab_size": self.vocab_size,
             "params": [vars(params) for params in self._row_params],
             "reuse_threshold": self._reuse_threshold.tolist(),  # sync: preemption
@@ -351,3 +413,24 @@ def signed_64(seed: int) -> int:
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seeds: expected a 64-bit integer, got {seed}")
     return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def check_tree(tree: tuple[int, int] | None, method: Method, window_size: int) -> ops.Tree | None:
+    """`tree` itself. Raises: ValueError, TypeError where it is none, or neither the method nor the window takes it."""
+    if tree is None:
+        return None
+    if not isinstance(tree, tuple | list) or len(tree) != 2 or not all(type(value) is int for value in tree):
+        raise TypeError(f"tree: expected (K, D), two ints, got {tree!r}")
+    candidates, depth = tree
+    if not 2 <= candidates <= ops.MOST_CANDIDATES or depth < 2:
+        raise ValueError(f"tree: expected 2..{ops.MOST_CANDIDATES} candidates and a depth >= 2, got {tree!r}")
+    if not method.takes_tree:
+        known = ", ".join(name for name, method in METHODS.items() if method.takes_tree)
+        raise ValueError(f"tree: {method.name} takes none; choose one of {known}")
+    found = ops.Tree(candidates, depth)
+    if window_size < found.least_window:
+        raise ValueError(
+            f"tree: {tuple(tree)} takes a window of {found.least_window} tokens or more, got {window_size}; choose a "
+            "smaller tree or a larger window_size"
+        )
+    return found

@@ -95,6 +95,7 @@ class Engine:
         width: int | None = None,
         init: str = "random",
         reuse_threshold: float = 0.5,
+        tree: tuple[int, int] | None = None,
         output_type: str = "pil",
         callback_on_step: Callable[[StepInfo], None] | None = None,
         progress: bool | None = None,
@@ -115,6 +116,9 @@ class Engine:
             height, width: pixels; a size the model was trained for.
             init: random, left-repeat, above-repeat, left-sample or above-sample.
             reuse_threshold: tau of sjd++, > 0.
+            tree: (K, D), up to K candidates for each of the first D - 1 tokens of a window, whose tokens count among
+                window_size; for maximal, gumbel and sjd. None for one candidate. With a tree "auto" is the model's
+                default window.
             output_type: pil, np, pt or codes.
             callback_on_step: called after every pass; what it raises ends the call and reaches the caller.
             progress: a bar on stderr; None shows it on a terminal.
@@ -137,6 +141,7 @@ class Engine:
             width=width,
             init=init,
             reuse_threshold=reuse_threshold,
+            tree=tree,
             output_type=output_type,
         )
         show = sys.stderr.isatty() if progress is None else progress

@@ -139,6 +139,14 @@ class PagedKVCache:
         self.context_lens.copy_(lengths)
         self._poison()
 
+    def compact(self, accepted_slots: Tensor) -> None:
+        """Move the keys and values of a tree's accepted path to their places; before the lengths move. No sync.
+
+        Args:
+            accepted_slots: [B, D - 1] int64, see `VerifyResult`; S / B sequences belong to each image.
+        """
+        self._ops.compact_kv(self.pages, self.block_table, self.context_lens, accepted_slots)
+
     def advance(self, prefix_lens: Tensor, num_committed: Tensor) -> None:
         """Move the lengths to what a verified pass has committed: everything before the anchor. No sync.
 

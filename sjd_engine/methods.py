@@ -23,6 +23,11 @@ class Method:
     one_token: bool = False
     trained: bool = False
 
+    @property
+    def takes_tree(self) -> bool:
+        """Drafts are verified by laws that siblings can be drawn from, and no head reads what a path leaves behind."""
+        return self.accept == "ratio" and self.lossless and not self.trained
+
 
 METHODS = {
     method.name: method

@@ -66,6 +66,7 @@ def verify(
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
     reuse_threshold: Tensor | None = None,
+    tree: tuple[int, int] | None = None,
 ) -> VerifyResult:
     """`kernels.reference.verify` on a CPU, decision for decision, in one call that makes no tensor of probabilities.
 
@@ -83,6 +84,8 @@ def verify(
     guided = logits.ndim == 4
     previous = state.previous_logits
     num_accepted = torch.empty_like(state.num_committed)
+    accepted_slots = None if tree is None else state.siblings.new_empty(state.siblings.shape[:2])
+    candidates, depth = (1, 1) if tree is None else tree
     _module().verify_cpu(
         logits=logits.data_ptr(),
         dtype=DTYPES[logits.dtype],
@@ -105,7 +108,11 @@ def verify(
         zero_residual=_address("zero_residual", state.zero_residual, torch.int64),
         nonfinite_rows=_address("nonfinite_rows", state.nonfinite_rows, torch.int64),
         zero_draft_prob=_address("zero_draft_prob", state.zero_draft_prob, torch.int64),
+        candidates=candidates,
+        depth=depth,
+        siblings=_address("siblings", state.siblings, torch.int64),
         num_accepted=num_accepted.data_ptr(),
+        accepted_slots=_address("accepted_slots", accepted_slots, torch.int64),
         drafted=_address("drafted", state.drafted, torch.float32),
         drafted_scale=_address("drafted_scale", state.drafted_scale, torch.float32),
         forced_ids=_address("forced_ids", grid.forced_ids, torch.int64),
@@ -124,7 +131,7 @@ def verify(
     )
     if reads_previous_logits(accept, state.max_window_size):
         state.previous_logits = logits
-    return VerifyResult(num_accepted, state.num_committed.clone())
+    return VerifyResult(num_accepted, state.num_committed.clone(), accepted_slots)
 
 
 # --------------------------------------------------------------------------------------------------------- paged cache
@@ -272,6 +279,19 @@ def advance_rollback(context_lens: Tensor, prefix_lens: Tensor, num_committed: T
         num_committed=_checked(op, "num_committed", num_committed, torch.int64, device),
         num_sequences=len(context_lens),
         copies=len(context_lens) // len(num_committed),
+        place=_place(device),
+    )
+
+
+def compact_kv(pages: Tensor, block_table: Tensor, context_lens: Tensor, from_slots: Tensor) -> None:
+    """`paged.compact_kv`, in one pass over all layers; the host learns nothing and waits for nothing."""
+    op, device = "compact_kv", pages.device
+    _module().compact_kv(
+        _pages(op, pages, block_table),
+        context_lens=_checked(op, "context_lens", context_lens, torch.int32, device),
+        from_slots=_checked(op, "from_slots", from_slots, torch.int64, device),
+        copies=len(context_lens) // len(from_slots),
+        num_levels=from_slots.shape[1],
         place=_place(device),
     )
 

@@ -25,11 +25,14 @@ from sjd_engine import attention, kernels, native
 from sjd_engine.kernels import paged, reference
 from sjd_engine.kernels.reference import law_weights, redraft, start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
+from sjd_engine.kernels.tree import MOST_CANDIDATES, Tree
 
 __all__ = [
+    "MOST_CANDIDATES",
     "Backend",
     "Grid",
     "KVOps",
+    "Tree",
     "VerifyResult",
     "WindowState",
     "backend",
@@ -118,6 +121,7 @@ class KVOps:
     gather_kv: Callable[..., tuple[Tensor, Tensor]]
     window_attention: Callable[..., Tensor]
     advance_rollback: Callable[..., None]
+    compact_kv: Callable[..., None]
     copy_pages: Callable[..., None]
     poison_kv: Callable[..., None]
 
@@ -135,6 +139,7 @@ def kv_ops(device: torch.device | str) -> KVOps:
         runs.gather_kv,
         window_attention,
         runs.advance_rollback,
+        runs.compact_kv,
         runs.copy_pages,
         runs.poison_kv,
     )
@@ -195,31 +200,33 @@ _library = torch.library.Library("sjd", "DEF")
 _library.define(
     "verify(Tensor logits, Tensor? previous_logits, Tensor(a!) tokens, Tensor(b!) num_committed, Tensor(c!) iteration, "
     "Tensor(d!) commit_pass, Tensor(e!) law_row, Tensor(f!) laws, Tensor(g!) zero_residual, "
-    "Tensor(h!) nonfinite_rows, Tensor(i!) zero_draft_prob, Tensor(j!) published, Tensor(k!) ticket, "
-    "Tensor? drafted, Tensor? drafted_scale, "
+    "Tensor(h!) nonfinite_rows, Tensor(i!) zero_draft_prob, Tensor(j!) siblings, Tensor(k!) published, "
+    "Tensor(l!) ticket, Tensor? drafted, Tensor? drafted_scale, "
     "Tensor? forced_ids, Tensor row_start, Tensor above, int cols, Tensor seeds, Tensor? guidance_scale, "
     "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? reuse_threshold, int window_size, "
-    "int? next_window_size, str accept, str refresh, str init) -> (Tensor num_accepted, Tensor num_committed)"
+    "int? next_window_size, str accept, str refresh, str init, int[]? tree) "
+    "-> (Tensor num_accepted, Tensor num_committed, Tensor accepted_slots)"
 )
 STATE = tuple(field.name for field in fields(WindowState) if field.name != "previous_logits")
 GRID = ("forced_ids", "row_start", "above", "cols")
 ARGUMENTS = ("seeds", "guidance_scale", "temperature", "top_k", "top_p", "reuse_threshold")
-WORDS = ("window_size", "next_window_size", "accept", "refresh", "init")
+WORDS = ("window_size", "next_window_size", "accept", "refresh", "init", "tree")
 
 
-def _verify_flat(logits: Tensor, previous_logits: Tensor | None, *values: Any) -> tuple[Tensor, Tensor]:
-    """The op's arguments put together again."""
+def _verify_flat(logits: Tensor, previous_logits: Tensor | None, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's arguments put together again. Without a tree its accepted slots are empty."""
     named = dict(zip(STATE + GRID + ARGUMENTS + WORDS, values, strict=True))
     state = WindowState(previous_logits=previous_logits, **{name: named[name] for name in STATE})
     grid = Grid(**{name: named[name] for name in GRID})
     arguments = {name: named[name] for name in ARGUMENTS + WORDS}
     result = backend(logits.device).verify(logits, state, grid, **arguments)
-    return result.num_accepted, result.num_committed
+    slots = state.siblings.new_empty(len(state.siblings), 0) if result.accepted_slots is None else result.accepted_slots
+    return result.num_accepted, result.num_committed, slots
 
 
-def _verify_fake(logits: Tensor, previous_logits: Tensor | None, *values: Any) -> tuple[Tensor, Tensor]:
-    num_committed = values[STATE.index("num_committed")]
-    return torch.empty_like(num_committed), torch.empty_like(num_committed)
+def _verify_fake(logits: Tensor, previous_logits: Tensor | None, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_committed, siblings = (values[STATE.index(name)] for name in ("num_committed", "siblings"))
+    return torch.empty_like(num_committed), torch.empty_like(num_committed), siblings.new_empty(siblings.shape[:2])
 
 
 _library.impl("verify", _verify_flat, "CompositeExplicitAutograd")
@@ -233,7 +240,8 @@ def _verify_traced(logits: Tensor, state: WindowState, grid: Grid, **arguments: 
     result = torch.ops.sjd.verify(logits, state.previous_logits, *values)
     if reads_previous_logits(arguments["accept"], state.max_window_size):
         state.previous_logits = logits
-    return VerifyResult(*result)
+    num_accepted, num_committed, accepted_slots = result
+    return VerifyResult(num_accepted, num_committed, None if arguments.get("tree") is None else accepted_slots)
 
 
 _library.define(

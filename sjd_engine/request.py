@@ -4,10 +4,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sjd_engine.decoder import check_tree
 from sjd_engine.images import OUTPUT_TYPES
 from sjd_engine.methods import Method, check_init, get_method
 from sjd_engine.models.base import ImageModel, Prompt
 from sjd_engine.models.draft_head import FILE
+from sjd_engine.ops import Tree
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -31,8 +33,15 @@ class Request:
     schedule: Schedule
     init: str
     reuse_threshold: float
+    tree: Tree | None
     output_type: str
     group: Hashable  # images of requests with equal groups can be decoded in one batch
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the cache that an image takes behind its prompt. Those of a tree lie behind its chain's, to the
+        image's very end; a chain's past the image's end need none."""
+        return self.schedule.num_tokens + (0 if self.tree is None else self.window_size)
 
 
 def make_request(
@@ -52,6 +61,7 @@ def make_request(
     width: int | None = None,
     init: str = "random",
     reuse_threshold: float = 0.5,
+    tree: tuple[int, int] | None = None,
     output_type: str = "pil",
 ) -> Request:
     """Check the arguments of `Engine.generate` against `model`.
@@ -85,10 +95,13 @@ def make_request(
             f"method: {method} drafts with a trained head, which {model.name} has none of: put {FILE} beside its "
             "weights (examples/emoji/train_eagle.py makes one), or take another method"
         )
+    if tree is not None and window_size == AUTO:  # which weighs chains of drafts alone
+        window_size = model.defaults.window_size
     auto_window = window_size == AUTO and not decoding.one_token and not decoding.trained
     largest = EAGLE_WINDOW if decoding.trained else model.defaults.max_window_size
     window_size = min(check_window(window_size, largest), schedule.num_tokens)
     window_size = 1 if decoding.one_token else window_size
+    chosen_tree = check_tree(tree, decoding, window_size)
     if not reuse_threshold > 0:
         raise ValueError(f"reuse_threshold: expected > 0, got {reuse_threshold}")
     if output_type not in OUTPUT_TYPES:
@@ -105,8 +118,9 @@ def make_request(
         schedule=schedule,
         init=init,
         reuse_threshold=reuse_threshold,
+        tree=chosen_tree,
         output_type=output_type,
-        group=(method, window_size, auto_window, check_init(init), grid, params.in_use(model.num_codes)),
+        group=(method, window_size, auto_window, chosen_tree, check_init(init), grid, params.in_use(model.num_codes)),
     )
 
 

@@ -135,7 +135,7 @@ class Scheduler:
                     f"{request.schedule.num_tokens}, got {max(map(len, contexts))}; shorten it"
                 )
             # The prompt's last page is copied by the image; the full ones are shared.
-            needed = sum(pool.pages_of(len(c) - 1) + pool.pages_of(request.schedule.num_tokens) + 1 for c in contexts)
+            needed = sum(pool.pages_of(len(c) - 1) + pool.pages_of(request.num_slots) + 1 for c in contexts)
             if needed > pool.num_pages:
                 raise ValueError(
                     f"prompt: an image needs {needed} pages of the key/value cache, which has {pool.num_pages}; "

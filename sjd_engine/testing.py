@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.decoder import JacobiDecoder, Layout
 from sjd_engine.methods import get_method
 from sjd_engine.models.base import Context, ImageModel, Prompt
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.weights import Piece, block_config, hf_layout, rows
-from sjd_engine.ops import VerifyResult, WindowState, redraft, start, warp
+from sjd_engine.ops import Tree, VerifyResult, WindowState, redraft, start, warp
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -48,22 +49,40 @@ class TableModel:
         """The context after one more token: contexts are numbered as nodes of the V-ary tree of prefixes."""
         return contexts * self.vocab_size + tokens + 1
 
-    def new_cache(self, batch_size: int) -> Tensor:
-        """[B, 1 + T + 1] int64; column t + 1 is position t, column 0 the empty prompt."""
-        return torch.zeros(batch_size, self.num_tokens + 2, dtype=torch.int64)
+    def new_cache(self, batch_size: int, num_extra: int = 0) -> Tensor:
+        """[B, 1 + T + 1 + E] int64; column t + 1 is position t, column 0 the empty prompt; the last E are those of a
+        tree's extra slots."""
+        return torch.zeros(batch_size, self.num_tokens + 2 + num_extra, dtype=torch.int64)
 
-    def forward(self, ids: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
-        """One causal pass over a decoder's window; writes the cache."""
-        contexts = []
-        context = cache.gather(1, positions[:, :1].clamp_min(0)).squeeze(1)  # of the token before the anchor
-        for slot in range(ids.shape[1]):
-            token, position = ids[:, slot], positions[:, slot]
+    def forward(self, ids: Tensor, positions: Tensor, cache: Tensor, window_bias: Tensor | None = None) -> Tensor:
+        """One pass over a decoder's window; writes the cache."""
+        contexts = [cache.gather(1, positions[:, :1].clamp_min(0)).squeeze(1)]  # of the token before the anchor
+        parents = range(ids.shape[1]) if window_bias is None else [0, *self.parents(window_bias[1:])]
+        for slot, parent in enumerate(parents):
+            token, position, context = ids[:, slot], positions[:, slot], contexts[parent]
             inside = (position >= 0) & (position < self.num_tokens)
-            context = torch.where(inside, self.extend(context, token), context)
-            cache.scatter_(1, position[:, None] + 1, context[:, None])
-            # A context of T tokens is never asked for: its row belongs to a slot past the image's end.
-            contexts.append(torch.where(position < self.num_tokens - 1, context, 0))
-        return self.logits(torch.stack(contexts, 1))
+            contexts.append(torch.where(inside, self.extend(context, token), context))
+        written = torch.stack(contexts[1:], 1)
+        cache.scatter_(1, self.columns(cache, positions, torch.arange(ids.shape[1])), written)
+        # A context of T tokens is never asked for: its row belongs to a slot past the image's end.
+        return self.logits(torch.where(positions < self.num_tokens - 1, written, 0))
+
+    def parents(self, rows: Tensor) -> list[int]:
+        """Of the slots whose rows of a tree's mask these are, counted from 1."""
+        return [1 + int((row[: slot + 1] == 0).nonzero().amax()) for slot, row in enumerate(rows)]
+
+    def columns(self, cache: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """[B, N] int64: where `slots` [N] or [B, N] of a window at `positions` [B, W] stand in the cache."""
+        num_chain = positions.shape[1] - (cache.shape[1] - self.num_tokens - 2)
+        slots = slots.expand(len(positions), -1)
+        on_chain = positions.gather(1, slots) + 1
+        return torch.where(slots < num_chain, on_chain, slots - num_chain + self.num_tokens + 2)
+
+    def compact(self, cache: Tensor, positions: Tensor, accepted_slots: Tensor) -> None:
+        """Move what a tree's accepted path has written to its place."""
+        levels = torch.arange(1, accepted_slots.shape[1] + 1)
+        found = cache.gather(1, self.columns(cache, positions, accepted_slots))
+        cache.scatter_(1, self.columns(cache, positions, levels), found)
 
     def joint(self, decoder: JacobiDecoder) -> Tensor:
         """[V^T] float64: the exact law of one-token-a-pass sampling under the decoder's warping and forced tokens.
@@ -86,12 +105,14 @@ class TableModel:
 
 def decode(model: TableModel, decoder: JacobiDecoder) -> Tensor:
     """Run `decoder` on `model` to the end; [B, T] tokens."""
-    cache = model.new_cache(decoder.batch_size)
+    cache = model.new_cache(decoder.batch_size, decoder.num_extra)
     for _ in range(model.num_tokens + 1):
         if decoder.done:
             return decoder.token_ids
         ids, positions = decoder.window()
-        result = decoder.verify(model.forward(ids, positions, cache))
+        result = decoder.verify(model.forward(ids, positions, cache, decoder.layout.window_bias))
+        if result.accepted_slots is not None:
+            model.compact(cache, positions, result.accepted_slots)
         forget(cache, result)
     raise AssertionError("a pass committed nothing")
 
@@ -269,6 +290,7 @@ class VerifyCase:
     bad: share of logits that are NaN or infinite, and of rows that have no finite logit. ties: logits are rounded.
     windows: of passes that take turns with them, at most window_size; none: all have that one.
     redrafted: share of the drafts that a drafter draws anew between two passes.
+    tree: (K, D) behind a chain of window_size slots. Its rows see the chain's logits, bent by noise of their own.
     """
 
     method: str
@@ -288,6 +310,7 @@ class VerifyCase:
     first_seed: int = 0
     windows: tuple[int, ...] = ()
     redrafted: float = 0.0
+    tree: tuple[int, int] | None = None
 
     def window(self, iteration: int) -> int:
         """That of a pass."""
@@ -297,17 +320,28 @@ class VerifyCase:
 
     def logits(self, iteration: int, num_committed: Tensor) -> Tensor:
         """[B, W, V], or [2, B, W, V] with guidance, for windows that begin at `num_committed`."""
-        window = self.window(iteration)
+        offsets = Layout.new(self.layout, self.window(iteration), torch.device("cpu")).offsets
         rows = torch.stack([self.sequence_logits(b, iteration) for b in range(self.batch_size)], -3)
-        slots = num_committed[:, None] + torch.arange(window)
-        index = slots[..., None].expand(*rows.shape[:-2], window, self.vocab_size)
-        rows = rows.gather(-2, index).to(self.dtype)
+        rows, bent = rows.split((self.schedule.num_tokens + self.window_size, self.num_extra), -2)
+        slots = num_committed[:, None] + offsets
+        index = slots[..., None].expand(*rows.shape[:-2], len(offsets), self.vocab_size)
+        rows = (rows.gather(-2, index) + F.pad(bent / 4, (0, 0, self.window(iteration), 0))).to(self.dtype)
         return rows.mT.contiguous().mT if self.strided else rows
 
+    @property
+    def layout(self) -> Tree | None:
+        return None if self.tree is None else Tree(*self.tree)
+
+    @property
+    def num_extra(self) -> int:
+        return 0 if self.layout is None else self.layout.num_extra
+
     def sequence_logits(self, sequence: int, iteration: int) -> Tensor:
-        """[T + W, V], or [2, T + W, V]: what sequence `first_seed + sequence` would see, whatever its batch."""
+        """[T + W + E, V], or [2, T + W + E, V], of E extra slots: what sequence `first_seed + sequence` would see,
+        whatever its batch."""
         pair = (2,) if self.params.guidance_scale > 1 else ()
-        shape = (*pair, self.schedule.num_tokens + self.window_size, self.vocab_size)
+        num_rows = self.schedule.num_tokens + self.window_size + self.num_extra
+        shape = (*pair, num_rows, self.vocab_size)
         seed = 1000 * (self.first_seed + sequence)
         rows = self.spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         generator = torch.Generator().manual_seed(seed + 1 + iteration)
@@ -329,7 +363,7 @@ class VerifyCase:
         max_window = 1 if method.one_token else self.window_size
         drafted_codes = self.vocab_size if self.redrafted else 0
         state = WindowState.new(
-            self.batch_size, self.schedule.num_tokens, max_window, device, drafted_codes=drafted_codes
+            self.batch_size, self.schedule.num_tokens, max_window, device, drafted_codes=drafted_codes, tree=self.tree
         )
         seeds = torch.arange(self.first_seed, self.first_seed + self.batch_size) * 0x9E3779B97F4A7C15 % (1 << 62)
         seeds = seeds.to(device)
@@ -344,6 +378,7 @@ class VerifyCase:
                 grid,
                 window_size=self.window(iteration),
                 next_window_size=self.window(iteration + 1),
+                tree=self.tree,
                 accept=method.accept,
                 refresh=method.refresh,
                 init=self.init,
@@ -355,7 +390,8 @@ class VerifyCase:
                 weights, where = self.drafter_laws(iteration)
                 redraft(state, grid, seeds, 0, weights.to(device), where.to(device))
             on_host = WindowState(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()})
-            result = VerifyResult(result.num_accepted.cpu(), result.num_committed.cpu())
+            slots = torch.empty(0) if result.accepted_slots is None else result.accepted_slots
+            result = VerifyResult(result.num_accepted.cpu(), result.num_committed.cpu(), slots.cpu())
             passes.append(self.decisions(on_host, result, first, iteration))
         return passes
 
@@ -385,6 +421,8 @@ class VerifyCase:
         return {
             "num_accepted": result.num_accepted.clone(),
             "committed": result.num_committed.clone(),
+            "accepted_slots": result.accepted_slots,
+            "siblings": state.siblings.where((state.num_committed < num_tokens)[:, None, None], -1),
             "tokens": state.tokens[:, 1 : num_tokens + 1].where(defined, 0),
             "commit_pass": state.commit_pass[:, :num_tokens].clone(),
             "law_row": state.law_row.where(has_draft & ~forced[drafts.clamp_max(num_tokens)], 0),

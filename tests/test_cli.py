@@ -61,6 +61,7 @@ def test_several_images_get_numbers(sjd, tmp_path):
         (["a cat", "--window", "-2"], 2, "window_size: expected >= 1"),
         (["a cat", "--window", "wide"], 2, "window_size: expected an int or 'auto', got 'wide'"),
         (["a cat", "--top-k", "-1"], 2, "top_k: expected >= 0"),
+        (["a cat", "--tree", "3x3"], 2, "tree: expected two numbers such as 3,3"),
         (["a cat", "-o", "cat.jpg"], 2, "expected a .png file"),
         (["a cat", "-o", "taken/cat.png"], 2, "is not a writable folder"),
         (["a cat", "--model", "nowhere"], 1, "neither a bundled model"),

@@ -226,6 +226,10 @@ BAD_ARGUMENTS = [
     ({"height": 128}, ValueError, "height, width: emoji draws 64x64 pixels, got 128x64"),
     ({"output_type": "gif"}, ValueError, "output_type: expected one of"),
     ({"reuse_threshold": 0.0}, ValueError, "reuse_threshold"),
+    ({"tree": 3}, TypeError, r"tree: expected \(K, D\), two ints, got 3"),
+    ({"tree": (6, 2)}, ValueError, r"tree: expected 2..5 candidates and a depth >= 2"),
+    ({"tree": (2, 2), "method": "exact"}, ValueError, "tree: exact takes none; choose one of sjd, maximal, gumbel"),
+    ({"tree": (4, 3), "window_size": 16}, ValueError, r"tree: \(4, 3\) takes a window of 21 tokens or more, got 16"),
 ]
 
 

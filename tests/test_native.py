@@ -64,6 +64,31 @@ def test_equals_the_reference_over_whole_images(method, init, filters):
     assert_equal(case)
 
 
+TREES = {
+    "2x2-shortest-chain": VerifyCase("maximal", 7, 2, tree=(2, 2)),
+    "3x3-guided-topk": VerifyCase("gumbel", 256, 5, tree=(3, 3), params=FILTERS["guided-k"], dtype=torch.bfloat16),
+    "4x2-topp": VerifyCase("sjd", 1000, 6, tree=(4, 2), params=FILTERS["hot-p"]),
+    "5x3-bad-numbers": VerifyCase("maximal", 50, 6, tree=(5, 3), bad=0.2),
+    "3x4-forced-ties": VerifyCase("maximal", 50, 6, tree=(3, 4), ties=True, schedule=LINE_BREAKS),
+    "4x2-fewer-tokens-than-candidates": VerifyCase("maximal", 1500, 8, tree=(4, 2), params=SamplingParams(top_k=3)),
+    "3x3-windows": VerifyCase("maximal", 40, 9, tree=(3, 3), windows=(9, 4, 6)),
+    "3x3-redrafted": VerifyCase("maximal", 40, 6, tree=(3, 3), redrafted=0.3),
+    "3x3-sampled-neighbours": VerifyCase("maximal", 8192, 5, tree=(3, 3), init="left-sample", schedule=Schedule(2, 4)),
+}
+
+
+@pytest.mark.parametrize("case", TREES.values(), ids=TREES)
+def test_equals_the_reference_with_a_tree(case):
+    assert_equal(case)
+
+
+def test_trees_leave_the_chain():
+    """The cases above would prove little if no sibling were ever accepted."""
+    passes = [answer for case in TREES.values() for answer in case.run(native.verify, 6)]
+    left = [(a["accepted_slots"] > 1 + torch.arange(a["accepted_slots"].shape[1])).any() for a in passes]
+    assert sum(left) > 10
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("method", "vocab_size", "window_size"), [("maximal", 8192, 5), ("exact", 65536, 3)])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])

@@ -107,6 +107,26 @@ class TestOps:
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
+    @pytest.mark.parametrize("head_dim", [24, 5])
+    def test_compact(self, dtype, page_size, head_dim, device):
+        """Two sequences of an image share its path; the last slot has no page."""
+        table = tables(page_size, 200)[:2].to(device)
+        lens = torch.tensor([63, 185], dtype=torch.int32, device=device)
+        table[1, -(-192 // page_size) :] = -1
+        slots = torch.tensor([[1, 6, 8]], device=device)
+        pages = random(LAYERS, SEQS * table.shape[1], 2, page_size, KV_HEADS, head_dim, dtype=dtype).to(device)
+        results = [pages.clone(), pages.clone()]
+        for op, into in zip((native, paged), results, strict=True):
+            op.compact_kv(into, table, lens, slots)
+        assert same(*results)
+        for layer in range(LAYERS):
+            before, after = (
+                torch.stack(paged.gather_kv(p[layer], table, lens, num_new=15, span=200)) for p in (pages, results[0])
+            )
+            assert same(after[:, 0, [64, 65, 66]], before[:, 0, [64, 69, 71]])
+            assert same(after[:, 0, :64], before[:, 0, :64])
+            assert same(after[:, 1, [186, 187]], before[:, 1, [186, 191]])
+
     def test_advance_rollback(self, device):
         lens = torch.zeros(2, 6, dtype=torch.int32, device=device)
         prefix = torch.arange(6, dtype=torch.int32, device=device)

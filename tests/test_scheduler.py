@@ -188,6 +188,16 @@ class TestPages:
             arguments = {"seed": seed, "method": method}
             assert torch.equal(alone(clean, "a cat", **arguments), alone(engine, "a cat", **arguments))
 
+    def test_trees_on_small_pages_in_a_batch_give_the_same_image(self, engine, fresh, monkeypatch):
+        """Extra slots have pages to the image's very end, an accepted path is moved out of the poison's way, and all
+        pages come back."""
+        other = Engine(engine.model, page_size=7, max_batch_size=3)
+        together = other.generate(PROMPTS[:3], tree=(3, 3), seed=5, **SETTINGS).token_ids
+        assert_nothing_is_left(other)
+        monkeypatch.delenv("SJD_POISON")
+        for i in (0, 2):
+            assert torch.equal(alone(fresh, PROMPTS[i], tree=(3, 3), seed=5 + i), together[i])
+
     def test_poison_shows_a_stale_read(self, engine, monkeypatch):
         """A length that is not rolled back: rejected tokens are read, and NaN shows it."""
         broken = Engine(engine.model, max_batch_size=1)

@@ -120,6 +120,7 @@ VERIFY_CASES = {
     ],
     "tiled": [VerifyCase("sjd", 4099, 3, 1, params=replace(EVERYTHING, top_k=300), init="left-sample", drift=0.1)],
     "past-the-end": [VerifyCase("maximal", 7, 30, init=init, drift=0.0) for init in ("random", "above-repeat")],
+    "tree": [VerifyCase("maximal", 60, 3, 1, tree=(3, 3), schedule=Schedule.line(4))],
     "not-finite": [VerifyCase("maximal", 256, 4, params=EVERYTHING, bad=0.3, drift=0.0)],
 }
 

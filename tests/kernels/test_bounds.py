@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 SOUND = [
     "canary-nothing",
-    *(f"verify-{name}" for name in ("row", "tiled", "past-the-end", "not-finite")),
+    *(f"verify-{name}" for name in ("row", "tiled", "past-the-end", "not-finite", "tree")),
     *(f"attention-{name}" for name in ("page1", "page64", "tree", "no-page", "chunks")),
 ]
 WILD = {

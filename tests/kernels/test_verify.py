@@ -66,6 +66,11 @@ CASES = {  # positional: method, V, W, B
     "redrafted-tiled-forced": VerifyCase(
         "sjd", 9000, 3, 1, schedule=LINES, dtype=torch.bfloat16, windows=(3, 2), redrafted=1.0
     ),
+    "tree-2x2": VerifyCase("maximal", 7, 3, tree=(2, 2), drift=0.3),
+    "tree-3x3-topk": VerifyCase("gumbel", 256, 4, 1, tree=(3, 3), params=GUIDED_TOP_K, dtype=torch.bfloat16),
+    "tree-4x2-tiled": VerifyCase("sjd", 9000, 3, 1, tree=(4, 2), params=TOP_K, drift=2.0),
+    "tree-3x3-forced": VerifyCase("maximal", 50, 5, 1, tree=(3, 3), schedule=LINES, ties=True),
+    "tree-3x3-bad-numbers": VerifyCase("maximal", 50, 4, 1, tree=(3, 3), bad=0.2),
     "strided": VerifyCase("maximal", 256, 3, 1, params=GUIDED, strided=True),
 }
 

@@ -8,6 +8,7 @@ from sjd_engine.models import checkpoint_folder
 from sjd_engine.models.block import BlockConfig, Transformer
 from sjd_engine.models.checkpoint import Checkpoint
 from sjd_engine.models.weights import load_qwen2
+from sjd_engine.ops import Tree
 
 transformers = pytest.importorskip("transformers")
 
@@ -133,6 +134,34 @@ def test_windows_with_rollback_equal_one_full_pass(num_kv_heads, page_size):
             lengths = lengths + kept
             cache.rollback(lengths)
         assert (got - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("page_size", [3, 64])
+def test_accepted_paths_of_a_tree_equal_one_full_pass(qwen2, page_size):
+    """Path by path to whole sequences: the mask, the positions and the compaction, with poison behind the lengths."""
+    model, tree, chain, length = load(qwen2, 0, 200), Tree(3, 3), 4, 40
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 200, (2, length + chain), generator=generator)
+    expected = full_logits(model, ids)
+    nodes, children = tree.nodes(chain), tree.children(chain)
+    layout = {"offsets": tree.offsets(chain), "window_bias": tree.window_bias(chain)}
+    cache = model.new_cache(2, length + len(nodes), page_size=page_size, poison=len(nodes))
+    got, lengths = torch.zeros_like(expected), torch.zeros(2, dtype=torch.int64)
+    while (lengths < length).any():
+        window = torch.randint(0, 200, (2, len(nodes)), generator=generator)
+        rows, slots = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 2]] * 2)
+        for b in range(2):
+            window[b, 0] = ids[b, lengths[b]]
+            for level in (1, 2):
+                slots[b, level - 1] = rows[b, level] = children[rows[b, level - 1], torch.randint(3, ())]
+                window[b, rows[b, level]] = ids[b, lengths[b] + level]
+        logits = model.logits(model(model.embed(window), cache, **layout))
+        for b in range(2):
+            got[b, lengths[b] : lengths[b] + 3] = logits[b, rows[b]]
+        cache.compact(slots)
+        lengths = (lengths + 3).clamp_max(length)
+        cache.rollback(lengths)
+    assert (got - expected)[:, :length].abs().max() <= 1e-5
 
 
 def test_a_tree_of_tokens_in_one_pass_equals_its_paths(qwen2):
