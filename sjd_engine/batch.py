@@ -8,7 +8,7 @@ from torch import Tensor
 from sjd_engine.auto_window import DECIDE_EVERY, AutoWindow, History, PassCosts, least_seconds
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.eagle import EagleDrafter, Seen
-from sjd_engine.graph import CudaCapture, Progress, StepGraphs
+from sjd_engine.graph import Progress, StepGraphs
 from sjd_engine.models import ImageModel
 from sjd_engine.models.base import Context
 from sjd_engine.outputs import ImageStats
@@ -251,7 +251,7 @@ class Batch:
         if self._graphs is None:
             return least_seconds(forward, self.model.transformer)
         forward()  # libraries choose their kernels before a capture
-        return least_seconds(CudaCapture()(forward), self.model.transformer)
+        return least_seconds(self._graphs.capture(forward), self.model.transformer)
 
     def poll(self, *, lag: bool = False) -> list[int]:
         """Tokens of every row so far; with `lag` what is known without waiting for the passes under way."""

@@ -46,7 +46,7 @@ class StepGraphs:
         capture: "Callable[[Callable[[], None]], Callable[[], None]] | None" = None,
     ):
         self._run, self._num_rows, self._device = run, num_rows, device
-        self._capture = CudaCapture() if capture is None else capture
+        self.capture = CudaCapture() if capture is None else capture
         self._rows: dict[int, Tensor] = {}  # by size: where its graphs read the row numbers
         self._chosen: dict[int, list[int]] = {}  # by size: the row numbers that stand there
         self._eager_passes: dict[tuple[int, Hashable], int] = {}
@@ -71,7 +71,7 @@ class StepGraphs:
             self._run(self._rows[size], parity)
             return
         if (size, shape, parity) not in self._replays:
-            self._replays[size, shape, parity] = self._capture(lambda: self._run(self._rows[size], parity))
+            self._replays[size, shape, parity] = self.capture(lambda: self._run(self._rows[size], parity))
         self._replays[size, shape, parity]()
 
 

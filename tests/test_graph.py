@@ -1,11 +1,13 @@
 """Captured passes. CUDA itself runs where there is a GPU; everywhere else a stand-in for it does."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from sjd_engine import Engine
+from sjd_engine.auto_window import AutoWindow
 from sjd_engine.batch import Batch
 from sjd_engine.graph import WARM_UP, Progress, StepGraphs
 from sjd_engine.request import make_request
@@ -78,9 +80,10 @@ class TestProgress:
         assert [s.nfe for s in out.stats] == [s.nfe for s in expected.stats]
 
 
-def decode(engine: Engine, capture) -> list[torch.Tensor]:
+def decode(engine: Engine, capture, **arguments) -> list[torch.Tensor]:
     """Three images of one prompt, begun at different passes, with passes captured by `capture` or eager for None."""
-    request = make_request(engine.model, "noto red heart", window_size=16, num_images_per_prompt=3, seed=4)
+    arguments = {"window_size": 16, **arguments}
+    request = make_request(engine.model, "noto red heart", num_images_per_prompt=3, seed=4, **arguments)
     batch = Batch(engine.model, engine.scheduler.prompts, request, 4, batch_invariant=False)
     if capture is not None:
         batch._graphs = StepGraphs(batch._fixed_pass, 4, engine.model.device, capture)
@@ -104,6 +107,16 @@ def test_captured_passes_give_the_images_of_eager_ones(shallow):
         assert (mine == eager).float().mean() > 0.5  # the number of rows changes the rounding
         assert torch.equal(mine[:8], eager[:8])
     assert capture.captured >= 2
+
+
+def test_every_window_has_graphs_of_its_own(engine, monkeypatch):
+    wanted, capture = itertools.cycle([8, 24]), FakeCapture()
+    monkeypatch.setattr(AutoWindow, "choose", lambda *arguments: next(wanted))
+    eager = decode(engine, None, method="exact")
+    for mine, theirs in zip(decode(engine, capture, method="exact", window_size="auto"), eager, strict=True):
+        assert (mine == theirs).float().mean() > 0.5  # the number of rows changes the rounding
+        assert torch.equal(mine[:8], theirs[:8])
+    assert capture.captured >= 4 + 2 * 4, "two windows, two parities, and what is timed for up to four rows"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -286,7 +286,7 @@ class TestHarm:
         fresh.step()
         (batch,) = [b for b in fresh.scheduler._batches.values() if b.decoder.window_size == 24]
 
-        def fail(rows, parity):
+        def fail(*arguments):
             raise MemoryError("pass")
 
         monkeypatch.setattr(batch, "_pass", fail)
