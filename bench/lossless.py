@@ -80,7 +80,7 @@ def first_seed(name: str) -> int:
 def rows_of(methods: list[str], windows: list[int], inits: list[str]) -> list[Row]:
     rows = []
     for method in methods:
-        one = METHODS[method].one_token
+        one = METHODS[method].one_token or METHODS[method].rows_at_once  # no drafts
         drafted = [(window, init) for window in windows for init in inits]
         rows += [Row(method, *setting) for setting in ([(1, "random")] if one else drafted)]
     return rows

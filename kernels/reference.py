@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from . import philox
+from .acceptance import Acceptance, Drafted
 from .arithmetic import ONE, draw, exp, fixed_point, residual
 from .state import DRAFTED, ONE_HOT, UNIFORM, Grid, VerifyResult, WindowState, reads_previous_logits
 from .tree import Tree, draw_siblings, try_siblings, walk
@@ -163,6 +164,7 @@ def verify(
     top_p: Tensor | None = None,
     reuse_threshold: Tensor | None = None,
     tree: tuple[int, int] | None = None,
+    acceptance: Acceptance | None = None,
 ) -> VerifyResult:
     """Accept, recover, refresh and refill the window of every sequence, and move its state to the next pass.
 
@@ -186,8 +188,10 @@ def verify(
         guidance_scale, temperature, top_k, top_p: see `warp`.
         reuse_threshold: [B] float32, tau of "reuse".
         tree: (K, D), see tree.py; W is then the length of the chain, at least D. For "ratio", and not with "reuse".
+        acceptance: what takes the place of r q(d) < p(d) and its residual, for "ratio" and "fresh"; see acceptance.py.
     Returns: VerifyResult. A row without one finite logit rejects its draft, draws from the uniform law and is counted.
-    Source: module docstring. Rules C1-C5 of exactness are kept by every combination but "reuse".
+    Source: module docstring. Rules C1-C5 of exactness are kept by every combination but "reuse"; see acceptance.py for
+        what may take the place of the test.
     """
     device = state.tokens.device
     next_window_size = window_size if next_window_size is None else next_window_size
@@ -220,8 +224,13 @@ def verify(
         draft_probs = draft_weights * draft_scale[..., None]
         ids = drafts.clamp(0, z.shape[-1] - 1)[..., None]  # a forced id may lie outside the image vocabulary
         p_draft, q_draft = (probs.gather(-1, ids).squeeze(-1) for probs in (target_probs, draft_probs))
-        passed = philox.uniform(words[philox.ACCEPT]) * q_draft < p_draft
-        left_over = residual(target_probs, draft_probs)
+        uniforms = philox.uniform(words[philox.ACCEPT])
+        if acceptance is None:
+            passed, left_over = uniforms * q_draft < p_draft, residual(target_probs, draft_probs)
+        else:
+            forced = forced_ids >= 0
+            drafted = Drafted(target_probs, draft_probs, ids.squeeze(-1), uniforms, has_draft, forced)
+            passed, left_over = acceptance(drafted)
         if tree is not None:
             siblings = tree.of_rows(state.siblings, window_size)
             siblings = siblings.where((sampled & ~nonfinite & (state.law_row[:, offsets] >= 0))[..., None], -1)

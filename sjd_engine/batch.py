@@ -1,6 +1,8 @@
 """Images that are decoded together."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from sjd_engine.models.base import Context
 from sjd_engine.outputs import ImageStats
 from sjd_engine.prompt_cache import PromptCache
 from sjd_engine.request import Request
+from sjd_engine.zipar import ZipDecoder
 
 POISON = "SJD_POISON"  # environment variable: fill rejected slots of the cache with NaN, so that a stale read shows
 
@@ -56,7 +59,10 @@ class Batch:
                 window_size=request.window_size,
             )
         # One row more, which is always vacant: graphs of a fixed number of rows are filled up with it.
-        self.decoder = JacobiDecoder(
+        decoder: Callable[..., JacobiDecoder] = JacobiDecoder
+        if request.zipar_window is not None:
+            decoder = partial(ZipDecoder, local_window=request.zipar_window)
+        self.decoder = decoder(
             batch_size=num_rows + 1,
             num_tokens=request.schedule.num_tokens,
             vocab_size=model.num_codes,
@@ -70,6 +76,8 @@ class Batch:
             reuse_threshold=request.reuse_threshold,
             drafter=self._eagle,
             tree=request.tree,
+            relaxation=request.relaxation,
+            codebook=model.detokenizer.code_vectors() if request.relaxation is not None else None,
             device=model.device,
         )
         for row in range(num_rows + 1):
@@ -211,9 +219,11 @@ class Batch:
         """Logits [R, W, V], or [2, R, W, V] with guidance, of the windows ids [R, W] of some rows."""
         sequences = (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
         windows = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), self._anchors[sequences])
-        layout = self.decoder.layout
+        layout, bias = self.decoder.layout, self.decoder.layout.window_bias
+        if bias is not None and bias.ndim == 3:  # images that differ in it
+            bias = bias[rows].repeat_interleave(self._copies, 0)
         kv_cache = self.kv_cache.select(sequences, longest)
-        hidden = self.model.transformer(windows, kv_cache, offsets=layout.offsets, window_bias=layout.window_bias)
+        hidden = self.model.transformer(windows, kv_cache, offsets=layout.offsets, window_bias=bias)
         if self._eagle is not None:
             self._eagle.see(Seen(rows, sequences, hidden, longest))
         logits = self.model.transformer.logits(hidden).unflatten(0, (-1, self._copies))

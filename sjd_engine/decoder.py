@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sjd_engine import ops
 from sjd_engine.drafting import Drafter, Drafts
-from sjd_engine.methods import METHODS, Method, check_init, get_method
+from sjd_engine.methods import METHODS, Method, check_init, check_relaxation, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -51,7 +51,8 @@ class Layout:
     """How the slots of a window stand to each other.
 
     offsets: [W] int64, their positions relative to the anchor's.
-    window_bias: [W, W] float32, the mask of their attention to each other; None for the causal rule.
+    window_bias: [W, W] float32, the mask of their attention to each other, or [B, W, W] where images differ in it; None
+        for the causal rule.
     sibling: [W] int64, (level - 1) * K + a of a slot that holds candidate a > 0 of a tree's level; 0 elsewhere.
     """
 
@@ -97,9 +98,14 @@ class JacobiDecoder:
         reuse_threshold: tau of `sjd++`, > 0.
         drafter: what draws drafts anew after each pass; None leaves them to `init`.
         tree: (K, D), up to K candidates for each of the first D - 1 positions, see `kernels.tree`; None for one.
+        relaxation: of `gsd` and `lantern`, see `sjd_engine.methods`; None for the method's default.
+        codebook: [V, E] vectors of the image codes, which those two compare.
         device: where the state lives.
     Raises: ValueError naming the argument, what was expected and what it got.
     """
+
+    row_state: tuple[str, ...] = ROW_STATE
+    decodes_rows = False
 
     def __init__(
         self,
@@ -117,6 +123,8 @@ class JacobiDecoder:
         reuse_threshold: float = 0.5,
         drafter: Drafter | None = None,
         tree: tuple[int, int] | None = None,
+        relaxation: float | None = None,
+        codebook: Tensor | None = None,
         device: torch.device | str = "cpu",
     ):
         max_window_size = window_size if max_window_size is None else max_window_size
@@ -140,7 +148,11 @@ class JacobiDecoder:
             raise ValueError(f"schedule: expected num_tokens = {num_tokens} tokens, got {schedule.num_tokens}")
 
         self.method = get_method(method)
+        if bool(self.method.rows_at_once) != self.decodes_rows:
+            raise ValueError(f"method: {type(self).__name__} does not decode {method}; Engine.generate does")
         self.init = check_init(init)
+        self.relaxation = check_relaxation(self.method, relaxation)
+        self._acceptance = ops.acceptance(self.method.acceptance, codebook, self.relaxation)
         self.window_size = 1 if self.method.one_token else window_size
         self.max_window_size = 1 if self.method.one_token else max_window_size
         self.tree = check_tree(tree, self.method, self.window_size)
@@ -210,11 +222,7 @@ class JacobiDecoder:
         Returns: VerifyResult; K/V is valid for `num_committed` slots from the anchor of the first pass on.
         Raises: ValueError where the shape differs; the state is unchanged.
         """
-        pair = (2,) if self.guided else ()
-        expected = (*pair, self.batch_size, self.window_size, self.vocab_size)
-        if tuple(logits.shape) != expected:
-            names = "[2, B, W, V]" if self.guided else "[B, W, V]"
-            raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
+        self._check_logits(logits)
         next_window_size = self.window_size if next_window_size is None else next_window_size
         least = 1 if self.tree is None else self.tree.least_window
         if not least <= next_window_size <= self.max_window_size:
@@ -244,6 +252,7 @@ class JacobiDecoder:
             init=self.init,
             seeds=self._seeds,
             reuse_threshold=self._reuse_threshold,
+            acceptance=self._acceptance,
             **self.warp_arguments,
         )
         self.window_size = next_window_size
@@ -261,6 +270,13 @@ class JacobiDecoder:
             num_drafts=self.chain_size - 1,
             warp_arguments=self.warp_arguments,
         )
+
+    def _check_logits(self, logits: Tensor) -> None:
+        pair = (2,) if self.guided else ()
+        expected = (*pair, self.batch_size, self.window_size, self.vocab_size)
+        if tuple(logits.shape) != expected:
+            names = "[2, B, W, V]" if self.guided else "[B, W, V]"
+            raise ValueError(f"verify: logits must be {names} = {list(expected)}, got {list(logits.shape)}")
 
     # ---------------------------------------------------------------------------------------- sequences come and go
 
@@ -289,7 +305,7 @@ class JacobiDecoder:
         self._row_params[row] = params
         self._reuse_threshold[row] = self.reuse_threshold if reuse_threshold is None else reuse_threshold
         first = self._first_state(self._seeds[row : row + 1])
-        for name in ROW_STATE:
+        for name in self.row_state:
             getattr(self._state, name)[row : row + 1] = getattr(first, name)
 
     def end(self, row: int) -> None:
@@ -401,6 +417,7 @@ class JacobiDecoder:
             "vocab_size": self.vocab_size,
             "params": [vars(params) for params in self._row_params],
             "reuse_threshold": self._reuse_threshold.tolist(),  # sync: preemption
+            "relaxation": self.relaxation,
             "seeds": self._seeds.tolist(),  # sync: preemption
             "schedule": (self.schedule.rows, self.schedule.cols, dict(self.schedule.forced)),
         }

@@ -96,6 +96,8 @@ class Engine:
         init: str = "random",
         reuse_threshold: float = 0.5,
         tree: tuple[int, int] | None = None,
+        relaxation: float | None = None,
+        zipar_window: int | None = None,
         output_type: str = "pil",
         callback_on_step: Callable[[StepInfo], None] | None = None,
         progress: bool | None = None,
@@ -104,7 +106,8 @@ class Engine:
 
         Args:
             prompt: one text or a list.
-            method: ar, jacobi, sjd, sjd++, maximal, gumbel, exact or eagle; see `sjd_engine.methods`.
+            method: ar, jacobi, sjd, sjd++, maximal, gumbel, exact, eagle, or a relative for comparison: sjd-block, gsd,
+                lantern, zipar, zipar-adaptive; see `sjd_engine.methods`.
             window_size: tokens of a forward pass, >= 1. "auto" measures what passes take and lets each have the window
                 that promises most tokens a second. The law of the images is the same; but which image a seed gives
                 depends on the windows, unless the method is ar, jacobi or exact. `ar` always takes 1.
@@ -119,6 +122,9 @@ class Engine:
             tree: (K, D), up to K candidates for each of the first D - 1 tokens of a window, whose tokens count among
                 window_size; for maximal, gumbel and sjd. None for one candidate. With a tree "auto" is the model's
                 default window.
+            relaxation: how much more gsd and lantern accept: ranks >= 0, 7 by default, and a bound >= 1, 2 by default.
+            zipar_window: tokens of the row above that zipar waits for, >= 1, from which its window size follows; None
+                for a third of the columns.
             output_type: pil, np, pt or codes.
             callback_on_step: called after every pass; what it raises ends the call and reaches the caller.
             progress: a bar on stderr; None shows it on a terminal.
@@ -142,6 +148,8 @@ class Engine:
             init=init,
             reuse_threshold=reuse_threshold,
             tree=tree,
+            relaxation=relaxation,
+            zipar_window=zipar_window,
             output_type=output_type,
         )
         show = sys.stderr.isatty() if progress is None else progress

@@ -23,18 +23,24 @@ from torch import Tensor
 
 from sjd_engine import attention, kernels, native
 from sjd_engine.kernels import paged, reference
+from sjd_engine.kernels.acceptance import Acceptance, acceptance
 from sjd_engine.kernels.reference import law_weights, redraft, start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 from sjd_engine.kernels.tree import MOST_CANDIDATES, Tree
+from sjd_engine.kernels.zipar import ZipPlan, ZipState, zip_verify, zip_window
 
 __all__ = [
     "MOST_CANDIDATES",
+    "Acceptance",
     "Backend",
     "Grid",
     "KVOps",
     "Tree",
     "VerifyResult",
     "WindowState",
+    "ZipPlan",
+    "ZipState",
+    "acceptance",
     "backend",
     "kv_ops",
     "law_weights",
@@ -43,6 +49,8 @@ __all__ = [
     "start",
     "verify",
     "warp",
+    "zip_verify",
+    "zip_window",
 ]
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -104,8 +112,13 @@ def implementation(name: str) -> Callable[..., VerifyResult]:
     return native.verify if name == "cpu" else reference.verify
 
 
-def verify(logits: Tensor, state: WindowState, grid: Grid, **arguments: Any) -> VerifyResult:
-    """One decoding pass, see `kernels.reference.verify` for the arguments, on the backend of the logits' device."""
+def verify(
+    logits: Tensor, state: WindowState, grid: Grid, *, acceptance: Acceptance | None = None, **arguments: Any
+) -> VerifyResult:
+    """One decoding pass, see `kernels.reference.verify` for the arguments, on the backend of the logits' device; with
+    an acceptance of its own on the reference, which alone has them."""
+    if acceptance is not None:
+        return reference.verify(logits, state, grid, acceptance=acceptance, **arguments)
     if torch.compiler.is_compiling():
         return _verify_traced(logits, state, grid, **arguments)
     return backend(logits.device).verify(logits, state, grid, **arguments)

@@ -6,12 +6,13 @@ from typing import Any
 
 from sjd_engine.decoder import check_tree
 from sjd_engine.images import OUTPUT_TYPES
-from sjd_engine.methods import Method, check_init, get_method
+from sjd_engine.methods import Method, check_init, check_relaxation, get_method
 from sjd_engine.models.base import ImageModel, Prompt
 from sjd_engine.models.draft_head import FILE
 from sjd_engine.ops import Tree
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
+from sjd_engine.zipar import ZipDecoder
 
 AUTO = "auto"
 EAGLE_WINDOW = 6  # longer chains are seldom accepted whole
@@ -34,6 +35,8 @@ class Request:
     init: str
     reuse_threshold: float
     tree: Tree | None
+    relaxation: float | None
+    zipar_window: int | None
     output_type: str
     group: Hashable  # images of requests with equal groups can be decoded in one batch
 
@@ -62,6 +65,8 @@ def make_request(
     init: str = "random",
     reuse_threshold: float = 0.5,
     tree: tuple[int, int] | None = None,
+    relaxation: float | None = None,
+    zipar_window: int | None = None,
     output_type: str = "pil",
 ) -> Request:
     """Check the arguments of `Engine.generate` against `model`.
@@ -107,6 +112,10 @@ def make_request(
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     prompts = [model.build_prompt(text, negative, *size) for text, negative in zip(texts, negatives, strict=True)]
+    relaxation = check_relaxation(decoding, relaxation)
+    zipar_window = check_zipar_window(decoding, zipar_window, schedule)
+    if zipar_window is not None:
+        window_size, auto_window = ZipDecoder.window_size_of(schedule, zipar_window), False
     grid = (schedule.rows, schedule.cols, *sorted(schedule.forced.items()))
     return Request(
         prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
@@ -119,8 +128,20 @@ def make_request(
         init=init,
         reuse_threshold=reuse_threshold,
         tree=chosen_tree,
+        relaxation=relaxation,
+        zipar_window=zipar_window,
         output_type=output_type,
-        group=(method, window_size, auto_window, chosen_tree, check_init(init), grid, params.in_use(model.num_codes)),
+        group=(
+            method,
+            window_size,
+            auto_window,
+            chosen_tree,
+            check_init(init),
+            relaxation,
+            zipar_window,
+            grid,
+            params.in_use(model.num_codes),
+        ),
     )
 
 
@@ -131,6 +152,16 @@ def check_window(value: int | str, largest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"window_size: expected an int or {AUTO!r}, got {value!r}")
     return at_least("window_size", value, 1)
+
+
+def check_zipar_window(method: Method, value: int | None, schedule: Schedule) -> int | None:
+    """`value`, a third of the columns where it is None; None for methods that decode drafts. Raises: ValueError,
+    TypeError."""
+    if not method.rows_at_once:
+        if value is not None:
+            raise ValueError(f"zipar_window: {method.name} has none, only zipar and zipar-adaptive; leave it out")
+        return None
+    return -(-schedule.cols // 3) if value is None else at_least("zipar_window", value, 1)
 
 
 def text_list(argument: str, value: str | Sequence[str]) -> list[str]:

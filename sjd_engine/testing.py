@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder, Layout
-from sjd_engine.methods import get_method
+from sjd_engine.methods import METHODS, TRAINING_FREE, get_method
 from sjd_engine.models.base import Context, ImageModel, Prompt
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.weights import Piece, block_config, hf_layout, rows
 from sjd_engine.ops import Tree, VerifyResult, WindowState, redraft, start, warp
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
+
+# What every backend decodes for any model; the relatives run on the reference alone.
+FUSED = [name for name in TRAINING_FREE if METHODS[name].acceptance == "token" and not METHODS[name].rows_at_once]
 
 
 class TableModel:

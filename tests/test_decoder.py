@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from sjd_engine import JacobiDecoder, SamplingParams, Schedule
-from sjd_engine.methods import INITS, TRAINING_FREE
-from sjd_engine.testing import TableModel, decode, forget
+from sjd_engine.methods import INITS
+from sjd_engine.testing import FUSED, TableModel, decode, forget
 
 VOCAB, TOKENS = 5, 6
 GRID = Schedule(2, 3)
@@ -63,7 +63,7 @@ class TestWindow:
 
 
 @pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("method", TRAINING_FREE)
+@pytest.mark.parametrize("method", FUSED)
 def test_an_image_of_a_batch_is_the_one_its_seed_gives_alone(model, method, init):
     together = decode(model, make(method=method, init=init, seeds=range(20)))
     for seed in (0, 7, 19):
@@ -105,7 +105,7 @@ def test_statistics(model):
 
 
 class TestPreemption:
-    @pytest.mark.parametrize("method", TRAINING_FREE)
+    @pytest.mark.parametrize("method", FUSED)
     def test_a_decoder_goes_on_from_a_saved_state(self, model, method):
         whole = decode(model, make(method=method))
         first, cache = make(method=method), model.new_cache(3)

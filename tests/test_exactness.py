@@ -19,12 +19,20 @@ import torch
 
 from sjd_engine import JacobiDecoder, SamplingParams, Schedule, ops
 from sjd_engine.kernels import reference
-from sjd_engine.methods import INITS, METHODS, TRAINING_FREE
-from sjd_engine.testing import TableModel, decode, expected_total_variation, g_test, outcome_counts, total_variation
+from sjd_engine.methods import INITS, METHODS
+from sjd_engine.testing import (
+    FUSED,
+    TableModel,
+    decode,
+    expected_total_variation,
+    g_test,
+    outcome_counts,
+    total_variation,
+)
 
 VOCAB = TOKENS = 4
 SIGNIFICANCE = 1e-5
-LOSSLESS = [name for name in TRAINING_FREE if METHODS[name].lossless]
+LOSSLESS = [name for name in FUSED if METHODS[name].lossless]
 CROSSED = {
     "free": {},
     "topk": {"params": SamplingParams(top_k=3)},
@@ -147,6 +155,19 @@ def test_siblings_from_the_residual_fail(monkeypatch):
     monkeypatch.setattr(reference, "next_siblings", broken)
     counts, law = sample_counts("maximal", 300_000, tree=(2, 2), window=4)
     assert g_test(counts, law) < 1e-20
+
+
+@pytest.mark.parametrize("window", [2, TOKENS])
+@pytest.mark.parametrize("variation", ["topk-forced", "guidance"])
+def test_block_verification_follows_the_exact_joint_law(variation, window):
+    counts, law = sample_counts("sjd-block", 100_000, window=window, **(CROSSED | WARPED)[variation])
+    assert g_test(counts, law) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("init", ["left-repeat", "above-sample"])
+def test_block_verification_follows_the_exact_joint_law_from_other_drafts(init):
+    counts, law = sample_counts("sjd-block", 100_000, window=TOKENS, init=init)
+    assert g_test(counts, law) > SIGNIFICANCE
 
 
 def test_sjd_plus_plus_is_lossy():

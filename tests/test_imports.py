@@ -15,7 +15,7 @@ LEVELS = [
     {"sjd_engine.ops", "sjd_engine.sampling", "sjd_engine.methods", "sjd_engine.images"},
     {"sjd_engine.schedule", "sjd_engine.kv_cache"},
     {"sjd_engine.drafting"},
-    {"sjd_engine.decoder", "sjd_engine.models"},
+    {"sjd_engine.decoder", "sjd_engine.models", "sjd_engine.zipar"},
     {"sjd_engine.outputs", "sjd_engine.request", "sjd_engine.parallel", "sjd_engine.quantize", "sjd_engine.pack"},
     {"sjd_engine.loading"},
     {"sjd_engine.graph", "sjd_engine.prompt_cache", "sjd_engine.eagle", "sjd_engine.auto_window"},

@@ -16,8 +16,8 @@ from torch import Tensor
 from sjd_engine import JacobiDecoder, SamplingParams, Schedule, native
 from sjd_engine.kernels import arithmetic, philox, reference
 from sjd_engine.kernels.state import Grid, WindowState
-from sjd_engine.methods import INITS, TRAINING_FREE
-from sjd_engine.testing import VerifyCase, assert_same_decisions, g_test
+from sjd_engine.methods import INITS
+from sjd_engine.testing import FUSED, VerifyCase, assert_same_decisions, g_test
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def assert_equal(case: VerifyCase, spoil: Callable[[Tensor, int], Tensor] = lamb
     assert (got[-1]["num_committed"] == passes).all()
 
 
-@pytest.mark.parametrize("method", TRAINING_FREE)
+@pytest.mark.parametrize("method", FUSED)
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("filters", FILTERS)
 def test_equals_the_reference_over_whole_images(method, init, filters):
@@ -129,7 +129,7 @@ def test_equals_the_reference_on_extreme_rows(method, kind):
         assert_equal(case, spoil)
 
 
-@pytest.mark.parametrize("method", TRAINING_FREE)
+@pytest.mark.parametrize("method", FUSED)
 def test_equals_the_reference_with_scattered_bad_logits(method):
     for dtype in DTYPES:
         assert_equal(VerifyCase(method, 50, 6, params=FILTERS["guided-cold-k-p"], dtype=dtype, bad=0.2))
@@ -192,7 +192,7 @@ def test_a_child_of_fork_makes_its_own_threads():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("method", TRAINING_FREE)
+@pytest.mark.parametrize("method", FUSED)
 @pytest.mark.parametrize("init", INITS)
 def test_windows_may_change_from_pass_to_pass(method, init):
     for params, windows in ((FILTERS["plain"], (4, 9, 1, 2)), (FILTERS["guided-cold-k-p"], (7, 3))):
@@ -212,7 +212,7 @@ def test_equals_the_reference_on_random_shapes(data):
 
     vocab_size, rows, cols, window = integer(2, 600), integer(1, 4), integer(1, 6), integer(1, 20)
     case = VerifyCase(
-        pick(*TRAINING_FREE),
+        pick(*FUSED),
         vocab_size,
         window_size=window,
         windows=pick((), (window, integer(1, window)), (1, window, integer(1, window))),

@@ -10,8 +10,8 @@ import torch
 
 from sjd_engine import SamplingParams, Schedule
 from sjd_engine.kernels import launch, reference
-from sjd_engine.methods import INITS, TRAINING_FREE
-from sjd_engine.testing import VerifyCase, assert_same_decisions
+from sjd_engine.methods import INITS
+from sjd_engine.testing import FUSED, VerifyCase, assert_same_decisions
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,12 +26,11 @@ TOP_K = SamplingParams(top_k=5)
 LINES = Schedule.with_line_breaks(3, 3, token=70_000, end_tokens=[70_001])
 
 CASES = {  # positional: method, V, W, B
-    **{f"{name}-V7-W3-B2": VerifyCase(name, 7, 3, drift=0.3) for name in TRAINING_FREE},
+    **{f"{name}-V7-W3-B2": VerifyCase(name, 7, 3, drift=0.3) for name in FUSED},
     **{
-        f"{name}-V256-W3-topk": VerifyCase(name, 256, 3, 1, params=GUIDED_TOP_K, dtype=torch.bfloat16)
-        for name in TRAINING_FREE
+        f"{name}-V256-W3-topk": VerifyCase(name, 256, 3, 1, params=GUIDED_TOP_K, dtype=torch.bfloat16) for name in FUSED
     },
-    **{f"{name}-V9000-W2-tiled": VerifyCase(name, 9000, 2, 1, params=GUIDED, spread=3.0) for name in TRAINING_FREE},
+    **{f"{name}-V9000-W2-tiled": VerifyCase(name, 9000, 2, 1, params=GUIDED, spread=3.0) for name in FUSED},
     "topk-ties": VerifyCase("maximal", 256, 3, 1, params=TOP_K, ties=True, drift=0.0),
     "topk-tiled-ties": VerifyCase("sjd", 9000, 2, 1, params=SamplingParams(top_k=300), ties=True),
     "topp-ties": VerifyCase("maximal", 256, 2, 1, params=SamplingParams(top_p=0.8), ties=True),

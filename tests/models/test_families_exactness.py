@@ -24,10 +24,10 @@ from sjd_engine.methods import METHODS
 from sjd_engine.models.base import ImageModel
 from sjd_engine.models.draft_head import DraftHead
 from sjd_engine.ops import warp
-from sjd_engine.testing import g_test, teacher_forced_logits
+from sjd_engine.testing import FUSED, g_test, teacher_forced_logits
 
 SIGNIFICANCE = 1e-5
-LOSSLESS = [name for name, method in METHODS.items() if method.lossless]
+LOSSLESS = [name for name in FUSED if METHODS[name].lossless]
 SIDE = 32  # pixels: 2x2 codes
 COUNT, ROWS, WINDOW, ENGINE_COUNT = 8_000, 1000, 4, 60
 PARAMS = SamplingParams(guidance_scale=1.5, top_k=2, temperature=1.5)
@@ -169,3 +169,15 @@ def test_drafts_verified_by_another_law_fail(rows, p_value, monkeypatch):
 
     monkeypatch.setattr(Drafts, "redraw", uniform)
     assert p_value(rows.draw("eagle", 0)) < 1e-10
+
+
+def test_rows_side_by_side_give_the_image_of_ar_where_each_waits_for_the_whole_row_above(rows):
+    """Line breaks stand before every row but the first of one model, and the other has none."""
+    engine = Engine(rows.model, max_batch_size=16, batch_invariant=False, page_size=16)
+    arguments = {"num_images_per_prompt": 16, "seed": 5, "output_type": "codes", "progress": False}
+    ar = engine.generate(PROMPT, method="ar", **arguments)
+    for method in ("zipar", "zipar-adaptive"):
+        out = engine.generate(PROMPT, method=method, zipar_window=2, **arguments)
+        assert torch.equal(out.token_ids, ar.token_ids)
+        assert all(sum(stats.committed_per_pass) == rows.schedule.num_tokens for stats in out.stats)
+    assert engine.generate(PROMPT, method="zipar", zipar_window=1, **arguments).stats[0].nfe == 3

@@ -35,6 +35,10 @@ class Detokenizer(nn.Module, ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """codes [N, rows, cols] -> images [N, 3, H, W] in the dtype of the weights, before clamping."""
 
+    def code_vectors(self) -> Tensor:
+        """[codebook_size, E] float32: what a code stands for, so that near codes look alike."""
+        return self.get_parameter(CODEBOOK).detach().float()
+
     def load(self, tensors: Mapping[str, Tensor], origin: Path, dtype: torch.dtype) -> Self:
         """Take exactly these tensors as the weights, in memory of their own.
 

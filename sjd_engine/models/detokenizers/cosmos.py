@@ -66,6 +66,9 @@ class CosmosDecoder(Detokenizer):
             decoder = cls(config)
         return decoder.load(own, origin, dtype)
 
+    def code_vectors(self) -> Tensor:
+        return codes_to_values(torch.arange(self.codebook_size, device=self.post_quant_conv.weight.device), FSQ_LEVELS)
+
     def decode(self, codes: Tensor) -> Tensor:
         values = codes_to_values(codes, FSQ_LEVELS).permute(0, 3, 1, 2).to(self.post_quant_conv.weight.dtype)
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(values)), HAAR_PATCH)

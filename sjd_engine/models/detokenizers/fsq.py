@@ -66,6 +66,10 @@ class FSQDecoder(Detokenizer):
         self.up2 = nn.Conv2d(channels // 2, channels // 2 * 4, 3, padding=1)
         self.conv_out = nn.Conv2d(channels // 2, 3, 3, padding=1)
 
+    def code_vectors(self) -> Tensor:
+        codes = torch.arange(self.codebook_size, device=self.conv_in.weight.device)
+        return codes_to_values(codes, self.config.levels)
+
     def decode_values(self, values: Tensor) -> Tensor:
         """The image of FSQ values [B, len(levels), rows, cols], before clamping."""
         h = self.blocks(self.conv_in(values))
