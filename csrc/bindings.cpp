@@ -66,13 +66,13 @@ Logits logits_at(uintptr_t address, DType dtype, bool guided, const Strides& str
 
 void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strides& strides, uintptr_t previous_logits,
             const Strides& previous_strides, int64_t batch_size, int64_t window_size, int64_t next_window_size,
-            int64_t max_window_size, int64_t vocab_size, int64_t num_tokens, uintptr_t tokens, uintptr_t num_committed, uintptr_t iteration, uintptr_t commit_pass,
-            uintptr_t law_row, uintptr_t laws, uintptr_t zero_residual, uintptr_t nonfinite_rows,
-            uintptr_t zero_draft_prob, int64_t candidates, int64_t depth, uintptr_t siblings, uintptr_t num_accepted,
-            uintptr_t accepted_slots, uintptr_t drafted, uintptr_t drafted_scale, uintptr_t forced_ids,
-            uintptr_t row_start, uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale, uintptr_t temperature,
-            uintptr_t top_k, uintptr_t top_p, uintptr_t reuse_threshold, const std::string& accept,
-            const std::string& refresh, const std::string& init, int num_threads) {
+            int64_t max_window_size, int64_t vocab_size, int64_t num_tokens, uintptr_t tokens, uintptr_t num_committed,
+            uintptr_t iteration, uintptr_t commit_pass, uintptr_t law_row, uintptr_t laws, uintptr_t zero_residual,
+            uintptr_t nonfinite_rows, uintptr_t zero_draft_prob, int64_t candidates, int64_t depth, uintptr_t siblings,
+            uintptr_t num_accepted, uintptr_t accepted_slots, uintptr_t drafted, uintptr_t drafted_scale,
+            uintptr_t forced_ids, uintptr_t row_start, uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale,
+            uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t reuse_threshold,
+            const std::string& accept, const std::string& refresh, const std::string& init, int num_threads) {
   constexpr int64_t kMost = INT32_MAX;
   check_range(kVerify, "batch_size", batch_size, 1, kMost);
   check_range(kVerify, "max_window_size", max_window_size, 1, kMost);
@@ -422,14 +422,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("bfloat16_isa", &sjd::bfloat16_isa, "What multiplies bfloat16 in attention on a CPU.");
   sjd::define_paged_cache(m);
   m.def("verify_cpu", &sjd::verify, py::kw_only(), arg("logits"), arg("dtype"), arg("guided"), arg("strides"),
-        arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"),
-        arg("next_window_size"), arg("max_window_size"), arg("vocab_size"),
-        arg("num_tokens"), arg("tokens"), arg("num_committed"), arg("iteration"), arg("commit_pass"), arg("law_row"),
-        arg("laws"), arg("zero_residual"), arg("nonfinite_rows"), arg("zero_draft_prob"), arg("candidates"),
-        arg("depth"), arg("siblings"), arg("num_accepted"), arg("accepted_slots"), arg("drafted"), arg("drafted_scale"),
-        arg("forced_ids"), arg("row_start"), arg("above"), arg("seeds"), arg("guidance_scale"), arg("temperature"),
-        arg("top_k"), arg("top_p"), arg("reuse_threshold"), arg("accept"), arg("refresh"), arg("init"),
-        arg("num_threads"),
+        arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"), arg("next_window_size"),
+        arg("max_window_size"), arg("vocab_size"), arg("num_tokens"), arg("tokens"), arg("num_committed"),
+        arg("iteration"), arg("commit_pass"), arg("law_row"), arg("laws"), arg("zero_residual"), arg("nonfinite_rows"),
+        arg("zero_draft_prob"), arg("candidates"), arg("depth"), arg("siblings"), arg("num_accepted"),
+        arg("accepted_slots"), arg("drafted"), arg("drafted_scale"), arg("forced_ids"), arg("row_start"), arg("above"),
+        arg("seeds"), arg("guidance_scale"), arg("temperature"), arg("top_k"), arg("top_p"), arg("reuse_threshold"),
+        arg("accept"), arg("refresh"), arg("init"), arg("num_threads"),
         "One decoding pass, see kernels/reference.verify. Tensors are addresses, 0 where absent; strides are (pair, "
         "batch, row, vocab) in elements.");
 }

@@ -84,7 +84,8 @@ class Pass {
 
   Row& row(int64_t b, int64_t i) { return rows_[b * num_rows_ + i]; }
   uint64_t* sums(int64_t b, int64_t i) { return sums_.data() + (b * num_rows_ + i) * num_blocks_; }
-  int64_t* tokens(int64_t b) { return p_.tokens + b * (1 + p_.num_tokens + 2 * p_.max_window_size) + 1; }  // by position
+  // By position.
+  int64_t* tokens(int64_t b) { return p_.tokens + b * (1 + p_.num_tokens + 2 * p_.max_window_size) + 1; }
   int32_t* law_row(int64_t b) { return p_.law_row + b * p_.max_window_size; }
   // Candidates 2..K of a level's position; none behind the last level.
   int64_t* siblings(int64_t b, int64_t level) {
@@ -305,8 +306,8 @@ class Pass {
     float target_scale, draft_scale;
   };
 
-  // Drawn from max(p - q, 0); from p where there is no draft, no finite logit or no mass left. Where the row has siblings,
-  // the first of them that it accepts, and sets its `child`; see `tree.try_siblings`.
+  // Drawn from max(p - q, 0); from p where there is no draft, no finite logit or no mass left. Where the row has
+  // siblings, the first of them that it accepts, and sets its `child`; see `tree.try_siblings`.
   int64_t recovered_token(int64_t b, int64_t i) {
     Row& row = this->row(b, i);
     const uint32_t word = row.words.word[kResidual];

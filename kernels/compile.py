@@ -47,7 +47,7 @@ VARIANT_TARGETS = {
     "maximal": TARGETS,
     "widest": ("sm_80", "sm_90", "gfx942"),
     "exact": ("sm_90",),
-    "tree": ("sm_80", "sm_90", "gfx942"),
+    "tree": ("sm_80",),
 }
 SEQUENCES, KV_HEADS, GROUP, TABLE_WIDTH = 2, 8, 4, 64
 # Page size of the launches of `window_attention`: under the causal rule, a block of keys in one page, or with a tree's

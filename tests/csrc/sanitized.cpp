@@ -205,6 +205,22 @@ void move_pages() {
     require(cache.pages == expected, "copy_pages");
   }
 
+  // Every level moves, or stays where it is; both tables of a slot may have holes.
+  const int64_t levels = integer(1, 3);
+  std::vector<int64_t> slots_of_path(levels);
+  for (int64_t l = 0; l < levels; ++l) slots_of_path[l] = integer(0, 2) ? 4 + 3 * l + integer(0, 2) : l + 1;
+  run_cpu(CompactKV{cache.kv(), cache.lens.data(), slots_of_path.data(), cache.sequences, levels, cache.layers,
+                    cache.wide()},
+          2);
+  for (int64_t item = 0; item < cache.layers * cache.sequences * levels * 2; ++item) {
+    const int64_t l = item / 2 % levels, table = item / 2 / levels;
+    const int64_t s = table % cache.sequences, layer = table / cache.sequences;
+    const auto from = cache.offset(layer, s, cache.lens[s] + slots_of_path[l], item % 2);
+    const auto to = cache.offset(layer, s, cache.lens[s] + 1 + l, item % 2);
+    if (from && to) std::copy_n(&expected[*from], cache.row, &expected[*to]);
+  }
+  require(cache.pages == expected, "compact_kv");
+
   const int64_t span = integer(1, cache.width * cache.page_size + 5);
   std::vector<char> out(2 * cache.sequences * span * cache.row), dense(out.size());
   run_cpu(GatherKV{cache.kv(), out.data(), cache.lens.data(), num_new, span, cache.wide()}, 2);
@@ -316,67 +332,81 @@ void attend() {
 
 // ----------------------------------------------------------------------------------------------------------- verify
 
-// Whole images under random laws: every pass commits a token at least, and only tokens of the vocabulary.
+// Whole images under random laws, with and without a tree: every pass commits a token at least, and only tokens of the
+// vocabulary. Windows change from pass to pass.
 void verify() {
-  const int64_t batch = integer(1, 3), window = integer(1, 6), total = integer(1, 9), vocab = pick({2, 33, 300});
   const bool match = integer(0, 1);
-  std::vector<int64_t> tokens(batch * (1 + total + 2 * window)), committed(batch), iteration(batch), accepted(batch);
-  std::vector<int64_t> commit_pass(batch * (total + window), -1), counters[3];
+  const Tree tree = match || integer(0, 1) ? Tree{1, 1} : Tree{integer(2, 4), integer(2, 3)};
+  const int64_t batch = integer(1, 3), total = integer(1, 9), vocab = pick({2, 33, 300});
+  const int64_t most = integer(tree.depth, 6), levels = tree.depth - 1;
+  std::vector<int64_t> tokens(batch * (1 + total + 2 * most)), committed(batch), iteration(batch), accepted(batch);
+  std::vector<int64_t> commit_pass(batch * (total + most), -1), counters[3];
   for (auto& counter : counters) counter.resize(batch);
-  std::vector<int32_t> law_row(batch * window, -1);
-  std::vector<RowLaw> laws(2 * batch * window);
+  std::vector<int32_t> law_row(batch * most, -1);
+  std::vector<RowLaw> laws(2 * batch * most);
+  std::vector<int64_t> siblings(batch * levels * (tree.candidates - 1), -1), accepted_slots(batch * levels);
   std::vector<int64_t> row_start(total), above(total, -1), seeds(batch), top_k(batch, vocab / 2 + 1);
   std::vector<float> guidance(batch, 3.0f), temperature(batch, 0.8f), top_p(batch, 0.9f), threshold(batch, 0.5f);
   for (int64_t& seed : seeds) seed = integer(0, 1000);
   std::vector<float> logits[2];
+  Logits previous{};
+  int64_t window = most;
   for (int64_t pass = 0; pass < total; ++pass) {
-    logits[pass % 2].resize(2 * batch * window * vocab);
+    const int64_t rows = window + tree.num_extra(), next_window = integer(tree.depth, most);
+    logits[pass % 2].resize(2 * batch * rows * vocab);
     for (float& x : logits[pass % 2]) x = integer(0, 50) ? normal() : pick({NAN, INFINITY, -INFINITY});
-    const auto at = [&](int64_t number) -> Logits {
-      const void* data = number < 0 ? nullptr : logits[number % 2].data();
-      return {data, DType::kFloat32, true, batch * window * vocab, window * vocab, vocab, 1};
-    };
+    const Logits now = {logits[pass % 2].data(), DType::kFloat32, true, batch * rows * vocab, rows * vocab, vocab, 1};
     const std::vector<int64_t> before = committed;
-    const Refresh refresh = match ? pick({Refresh::kGumbel, Refresh::kArgmax})
-                                  : pick({Refresh::kFresh, Refresh::kReuse, Refresh::kMaximal, Refresh::kGumbel});
-    const Init init =
-        pick({Init::kRandom, Init::kLeftRepeat, Init::kAboveRepeat, Init::kLeftSample, Init::kAboveSample});
-    verify_cpu({at(pass),
-                at(pass - 1),
-                batch,
-                window,
-                total,
-                static_cast<int>(vocab),
-                tokens.data(),
-                committed.data(),
-                iteration.data(),
-                commit_pass.data(),
-                law_row.data(),
-                laws.data(),
-                counters[0].data(),
-                counters[1].data(),
-                counters[2].data(),
-                accepted.data(),
-                nullptr,
-                row_start.data(),
-                above.data(),
-                seeds.data(),
-                guidance.data(),
-                temperature.data(),
-                top_k.data(),
-                top_p.data(),
-                threshold.data(),
-                match ? Accept::kMatch : Accept::kRatio,
-                refresh,
-                init,
-                2});
+    VerifyParams p{};
+    p.logits = now;
+    p.previous_logits = previous;
+    p.batch_size = batch;
+    p.num_tokens = total;
+    p.window_size = window;
+    p.next_window_size = next_window;
+    p.max_window_size = most;
+    p.vocab_size = static_cast<int>(vocab);
+    p.tree = tree;
+    p.tokens = tokens.data();
+    p.num_committed = committed.data();
+    p.iteration = iteration.data();
+    p.commit_pass = commit_pass.data();
+    p.law_row = law_row.data();
+    p.laws = laws.data();
+    p.zero_residual = counters[0].data();
+    p.nonfinite_rows = counters[1].data();
+    p.zero_draft_prob = counters[2].data();
+    p.siblings = siblings.data();
+    p.num_accepted = accepted.data();
+    p.accepted_slots = accepted_slots.data();
+    p.row_start = row_start.data();
+    p.above = above.data();
+    p.seeds = seeds.data();
+    p.guidance_scale = guidance.data();
+    p.temperature = temperature.data();
+    p.top_k = top_k.data();
+    p.top_p = top_p.data();
+    p.reuse_threshold = threshold.data();
+    p.accept = match ? Accept::kMatch : Accept::kRatio;
+    p.refresh = match ? pick({Refresh::kGumbel, Refresh::kArgmax})
+                      : pick({Refresh::kFresh, Refresh::kReuse, Refresh::kMaximal, Refresh::kGumbel});
+    p.init = pick({Init::kRandom, Init::kLeftRepeat, Init::kAboveRepeat, Init::kLeftSample, Init::kAboveSample});
+    p.num_threads = 2;
+    verify_cpu(p);
     for (int64_t b = 0; b < batch; ++b) {
       require(committed[b] > before[b] || before[b] == total, "a pass commits a token");
       for (int64_t t = 1; t <= committed[b]; ++t) {
-        const int64_t token = tokens[b * (1 + total + 2 * window) + t];
+        const int64_t token = tokens[b * (1 + total + 2 * most) + t];
         require(0 <= token && token < vocab, "a token of the vocabulary");
       }
+      for (int64_t level = 1; level <= levels; ++level) {
+        const int64_t slot = accepted_slots[b * levels + level - 1];
+        require(slot < rows && tree.node(slot, window).level == level, "a slot of the level");
+      }
     }
+    for (const int64_t sibling : siblings) require(-1 <= sibling && sibling < vocab, "a sibling of the vocabulary");
+    previous = now;
+    window = next_window;
   }
 }
 
