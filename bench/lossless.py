@@ -61,15 +61,17 @@ ORACLE = "oracle"  # the seeds of T4 and of the floor
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. `ar` has a window of one token and no drafts."""
+    """One setting. `ar` has a window of one token and no drafts. tree: (K, D), or none."""
 
     method: str
     window: int
     init: str
+    tree: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.window}-{self.init}"
+        tree = "" if self.tree is None else "-tree{}x{}".format(*self.tree)
+        return f"{self.method}-{self.window}-{self.init}{tree}"
 
 
 def first_seed(name: str) -> int:
@@ -77,12 +79,14 @@ def first_seed(name: str) -> int:
     return zlib.crc32(name.encode()) << 20
 
 
-def rows_of(methods: list[str], windows: list[int], inits: list[str]) -> list[Row]:
+def rows_of(methods: list[str], windows: list[int], inits: list[str], tree: tuple[int, int] | None) -> list[Row]:
     rows = []
     for method in methods:
         one = METHODS[method].one_token or METHODS[method].rows_at_once  # no drafts
         drafted = [(window, init) for window in windows for init in inits]
         rows += [Row(method, *setting) for setting in ([(1, "random")] if one else drafted)]
+        if tree is not None and METHODS[method].takes_tree:
+            rows += [Row(method, *setting, tree) for setting in drafted]
     return rows
 
 
@@ -101,6 +105,7 @@ class Sampler:
             method=row.method,
             window_size=row.window,
             init=row.init,
+            tree=row.tree,
             seed=first,
             num_images_per_prompt=self.batch,
             **asdict(self.params),
@@ -209,8 +214,8 @@ def verdict(row: Row, evidence: Evidence) -> str:
 
 def show(results: list[dict], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
-    left = ("method", "init", "verdict")
-    heads = ("method", "W", "init", "tokens", "NFE", "drift", "T2 z", "T2 p", "T3 chi2", "T3 p", "out", "out p")
+    left = ("method", "init", "tree", "verdict")
+    heads = ("method", "W", "init", "tree", "tokens", "NFE", "drift", "T2 z", "T2 p", "T3 chi2", "T3 p", "out", "out p")
     for head in (*heads, "drift finds", "shift finds", "verdict"):
         table.add_column(head, justify="left" if head in left else "right")
     for r in results:
@@ -218,6 +223,7 @@ def show(results: list[dict], console: Console) -> None:
             r["method"],
             str(r["window"]),
             r["init"],
+            "" if r["tree"] is None else "{},{}".format(*r["tree"]),
             f"{r['num_tokens']:,}",
             f"{r['nfe']:.1f}",
             f"{r['drift']:+.4f}",
@@ -234,6 +240,11 @@ def show(results: list[dict], console: Console) -> None:
     console.print(table)
 
 
+def int_pair(text: str) -> tuple[int, int]:
+    first, second = map(int, text.split(","))
+    return first, second
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sampled = [name for name in METHODS if name != "jacobi"]  # greedy: its images follow no law but one
@@ -242,6 +253,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=usual, choices=sampled, metavar="METHOD")
     parser.add_argument("--window", type=int, nargs="+", default=[32])
     parser.add_argument("--init", nargs="+", default=["random"], choices=INITS, metavar="INIT")
+    parser.add_argument("--tree", type=int_pair, metavar="K,D", help="rows with this tree beside those without")
     parser.add_argument("--tokens", type=int, default=150_000, help="of each row, or a few more: whole batches")
     parser.add_argument("--batch", type=int, default=8, help="images drawn together")
     parser.add_argument("--oracle-images", type=int, default=32, help="of T4; 0 leaves it out")
@@ -268,7 +280,7 @@ def main() -> int:
     sampler = Sampler(engine, params, args.batch)
     per_batch = args.batch * len(sampler.schedule.image_positions)
     num_batches, oracle_batches = -(-args.tokens // per_batch), -(-args.oracle_images // args.batch)
-    rows = rows_of(args.methods, args.window, args.init)
+    rows = rows_of(args.methods, args.window, args.init, args.tree)
     window = max(args.window)
     setup = json.dumps(
         {

@@ -122,7 +122,19 @@ def test_the_oracle_excuses_what_rounding_can_do():
 
 
 def test_the_bench_tells_goes_on_and_refuses_another_run(tmp_path, monkeypatch, capsys):
-    command = ["lossless.py", "--tokens", "256", "--batch", "1", "--methods", "maximal", "--oracle-images", "0"]
+    command = [
+        "lossless.py",
+        "--tokens",
+        "256",
+        "--batch",
+        "1",
+        "--methods",
+        "maximal",
+        "--tree",
+        "2,2",
+        "--oracle-images",
+        "0",
+    ]
 
     def run(*more: str) -> int:
         monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path), *more])
@@ -130,7 +142,7 @@ def test_the_bench_tells_goes_on_and_refuses_another_run(tmp_path, monkeypatch, 
 
     assert run() == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert first["rows"][0]["num_tokens"] == 256
+    assert [(row["tree"], row["num_tokens"]) for row in first["rows"]] == [(None, 256), ([2, 2], 256)]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert run() == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first
