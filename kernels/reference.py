@@ -323,22 +323,20 @@ def coupled_draw(weights: Tensor, z: Tensor, refresh: str, seeds: Tensor, positi
     return torch.where(weights > 0, score, NEGATIVE_INFINITY).argmax(-1)
 
 
-def law_weights(
+def law_weights(z: Tensor, laws: Tensor) -> Tensor:
+    """`row_weights` of z [..., V] and the four numbers of each law, [..., 4]."""
+    return row_weights(z, RowLaw(*laws.unbind(-1)))
+
+
+def redraft(
     state: WindowState,
-    logits: Tensor,
-    rows: Tensor,
-    guidance_scale: Tensor | None,
-    temperature: Tensor | None,
-) -> Tensor:
-    """[B, N, V] float32 in [0, 1]: laws of rows [B, N] of the pass that `logits` were verified in, before they are
-    scaled to sum to 1. Rows that were forced or past the image's end have none."""
-    sequences = torch.arange(len(rows), device=rows.device)[:, None]
-    z = combine(logits[..., sequences, rows, :], guidance_scale, temperature)
-    law = RowLaw(*state.laws[(state.iteration[:, None] + 1) % 2, sequences, rows].unbind(-1))
-    return row_weights(z, law)
-
-
-def redraft(state: WindowState, grid: Grid, seeds: Tensor, first_row: int, weights: Tensor, where: Tensor) -> None:
+    grid: Grid,
+    seeds: Tensor,
+    first_row: int,
+    weights: Tensor,
+    where: Tensor,
+    sequences: Tensor | None = None,
+) -> None:
     """Draw drafts of the next window anew, each from a law of its own, which the next pass verifies it by.
 
     It stays exact where the choice of drafts and their laws depend on laws and on earlier tokens alone (rules C2, C3).
@@ -347,24 +345,27 @@ def redraft(state: WindowState, grid: Grid, seeds: Tensor, first_row: int, weigh
         state: after `verify`; its tokens, law_row, drafted and drafted_scale are written.
         seeds: [B] int64.
         first_row: drafts stand in rows; these are first_row .. first_row + N - 1, of positions num_committed + row.
-        weights: [B, N, V] float32 in [0, 1], the laws before they are scaled to sum to 1; at least one of each law is
-            near 1.
-        where: [B, N] bool. The others, forced positions and those past the image's end stay as they are.
+        weights: [S, N, V] float32 in [0, 1], the laws before they are scaled to sum to 1. What is below 2^-44 counts as
+            nothing.
+        where: [S, N] bool. The others, forced positions and those past the image's end stay as they are.
+        sequences: [S] int64, those that the laws belong to; None for all.
     """
     rows = torch.arange(first_row, first_row + weights.shape[1], device=seeds.device)
-    positions = state.num_committed[:, None] + rows
+    chosen = torch.arange(len(seeds), device=seeds.device) if sequences is None else sequences
+    positions = state.num_committed[chosen, None] + rows
     where = where & (positions < grid.num_tokens)
     if grid.forced_ids is not None:
         where = where & (grid.forced_ids[positions.clamp_max(grid.num_tokens - 1)] < 0)
-    words = philox.draw_words(seeds, positions, state.iteration, philox.WINDOW).squeeze(-1)[philox.INIT]
-    tokens = torch.where(where, draw(weights, words), state.tokens.gather(1, positions + 1))
-    state.tokens.scatter_(1, positions + 1, tokens)
+    words = philox.draw_words(seeds[chosen], positions, state.iteration[chosen], philox.WINDOW).squeeze(-1)
     scale = (ONE / fixed_point(weights).sum(-1).double()).float()
-    drafted = slice(first_row, first_row + weights.shape[1])
-    law_row, laws, scales = (t[:, drafted] for t in (state.law_row, state.drafted, state.drafted_scale))
-    law_row.masked_fill_(where, DRAFTED)
-    laws.copy_(torch.where(where[..., None], weights, laws))
-    scales.copy_(torch.where(where, scale, scales))
+    for tensor, columns, value in (
+        (state.tokens, positions + 1, draw(weights, words[philox.INIT])),
+        (state.law_row, rows, torch.full_like(where, DRAFTED, dtype=torch.int32)),
+        (state.drafted, rows, weights),
+        (state.drafted_scale, rows, scale),
+    ):
+        old = tensor[chosen[:, None], columns]
+        tensor[chosen[:, None], columns] = torch.where(where[..., None] if value.ndim == 3 else where, value, old)
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:

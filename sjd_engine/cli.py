@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from sjd_engine.methods import INITS, METHODS
+from sjd_engine.methods import ALL_INITS, METHODS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 convert = typer.Typer(no_args_is_help=True, help="Rewrite a checkpoint in a form that loads safely.")
@@ -36,7 +36,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="0 keeps all tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
-    init: Annotated[str, typer.Option(help=", ".join(INITS))] = "random",
+    init: Annotated[str | None, typer.Option(help=", ".join(ALL_INITS) + "; default: the model's.")] = None,
     tree: Annotated[str | None, typer.Option(help="K,D: up to K candidates for each of D - 1 tokens.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
 ) -> None:
@@ -68,7 +68,7 @@ def generate(
             "model": model,
             "method": method,
             "seed": image_seed,
-            "init": init,
+            "init": init or engine.model.defaults.init,
             "window": window,
             "nfe": stats.nfe,
         }

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sjd_engine import ops
-from sjd_engine.drafting import Drafter, Drafts
-from sjd_engine.methods import METHODS, Method, check_init, check_relaxation, get_method
+from sjd_engine.drafting import Drafter, Drafts, RowAbove
+from sjd_engine.methods import DRAFTED_INITS, METHODS, Method, check_init, check_relaxation, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -94,9 +94,10 @@ class JacobiDecoder:
         params: sampling parameters of the batch.
         seeds: B ints, one for each image.
         schedule: forced tokens and grid; None: T free tokens in one row.
-        init: how new drafts enter: random, left-repeat, above-repeat, left-sample, above-sample.
+        init: how new drafts enter: random, left-repeat, above-repeat, left-sample, above-sample,
+            above-law.
         reuse_threshold: tau of `sjd++`, > 0.
-        drafter: what draws drafts anew after each pass; None leaves them to `init`.
+        drafter: what draws drafts anew after each pass; None leaves them to `init`, and so must it be for above-law.
         tree: (K, D), up to K candidates for each of the first D - 1 positions, see `kernels.tree`; None for one.
         relaxation: of `gsd` and `lantern`, see `sjd_engine.methods`; None for the method's default.
         codebook: [V, E] vectors of the image codes, which those two compare.
@@ -160,9 +161,15 @@ class JacobiDecoder:
         self.params = params or SamplingParams()
         self.schedule, self.vocab_size = schedule, vocab_size
         self.reuse_threshold = reuse_threshold
-        self._drafter = drafter
         self.device = torch.device(device)
         self._grid = schedule.grid(self.device)
+        if self.init in DRAFTED_INITS:
+            if drafter is not None:
+                raise ValueError(f"drafter: expected None with init {init!r}, which brings its own, got {drafter}")
+            longest = self.max_window_size - self.num_extra
+            if RowAbove.is_needed(self.chain_size, longest, self._grid):
+                drafter = RowAbove(batch_size, longest, vocab_size, self._grid)
+        self._drafter = drafter
         self._row_params = [self.params] * batch_size
         self._reuse_threshold = torch.full((batch_size,), float(reuse_threshold), device=self.device)
         self._seeds = torch.tensor([signed_64(seed) for seed in seeds], device=self.device)
@@ -175,7 +182,7 @@ class JacobiDecoder:
         state = ops.WindowState.new(
             len(seeds), self.num_tokens, chain_size, self.device, drafted_codes=drafted_codes, tree=self.tree
         )
-        arguments = {"window_size": chain_size, "init": self.init, "vocab_size": self.vocab_size}
+        arguments = {"window_size": chain_size, "init": self._entry, "vocab_size": self.vocab_size}
         ops.start(state, self._grid, seeds=seeds, **arguments)
         return state
 
@@ -249,7 +256,7 @@ class JacobiDecoder:
             tree=self.tree,
             accept=self.method.accept,
             refresh=self.method.refresh,
-            init=self.init,
+            init=self._entry,
             seeds=self._seeds,
             reuse_threshold=self._reuse_threshold,
             acceptance=self._acceptance,
@@ -259,6 +266,11 @@ class JacobiDecoder:
         if self._drafter is not None and next_window_size > 1:
             self._drafter(self._drafts(logits[..., chain, :], result))
         return result
+
+    @property
+    def _entry(self) -> str:
+        """How drafts enter in the pass itself."""
+        return DRAFTED_INITS.get(self.init, self.init)
 
     def _drafts(self, logits: Tensor, result: ops.VerifyResult) -> Drafts:
         return Drafts(
@@ -386,8 +398,10 @@ class JacobiDecoder:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later, on this or another device: tensors and plain values."""
+        carried = self._drafter.tensors if isinstance(self._drafter, RowAbove) else {}
         return {
             "setup": self._setup(),
+            "drafter": {name: tensor.clone() for name, tensor in carried.items()},
             "window_size": self.window_size,
             "tensors": {name: None if t is None else t.clone() for name, t in vars(self._state).items()},
         }
@@ -401,6 +415,9 @@ class JacobiDecoder:
             if state["setup"].get(name) != mine:
                 raise ValueError(f"load_state_dict: {name} is {mine} here, {state['setup'].get(name)} in the state")
         self.window_size = state["window_size"]
+        if isinstance(self._drafter, RowAbove):
+            for name, saved in state["drafter"].items():
+                self._drafter.tensors[name].copy_(saved)
         for name, mine in vars(self._state).items():
             saved = state["tensors"][name]
             if isinstance(mine, Tensor) and isinstance(saved, Tensor) and name != "previous_logits":

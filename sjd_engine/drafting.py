@@ -52,19 +52,30 @@ class Drafts:
         """[B, N] bool: drafts that the pass had no slot for."""
         return self.positions >= self.first[:, None] + self.window_size
 
+    @property
+    def unfinished(self) -> Tensor:
+        """[S] int64: sequences with something left to draft; all of them where asking would wait for the device."""
+        if self.seeds.device.type != "cpu":
+            return torch.arange(len(self.seeds), device=self.seeds.device)
+        return (self.state.num_committed < self.grid.num_tokens).nonzero().squeeze(1)
+
     def tokens(self, positions: Tensor) -> Tensor:
         """[B, N] int64, committed or drafted; -1 before the image."""
         return self.state.tokens.gather(1, (positions + 1).clamp_min(0))
 
-    def weights(self, rows: Tensor) -> Tensor:
-        """[B, N, V] float32: laws of rows [B, N] of the pass, before they are scaled to sum to 1."""
-        guidance_scale, temperature = self.warp_arguments["guidance_scale"], self.warp_arguments["temperature"]
-        return ops.law_weights(self.state, self.logits, rows, guidance_scale, temperature)
+    def scores(self, sequences: Tensor) -> Tensor:
+        """[S, W, V] float32: the pass's logits of some sequences after guidance and temperature."""
+        own = (self.warp_arguments[name] for name in ("guidance_scale", "temperature"))
+        return ops.combine(self.logits[..., sequences, :, :], *(None if x is None else x[sequences] for x in own))
 
-    def redraw(self, row: int, weights: Tensor, where: Tensor) -> None:
-        """Draw the drafts of rows row .. row + n - 1 anew from `weights` [B, n, V], where `where` [B, n] says so; see
+    def laws(self, sequences: Tensor) -> Tensor:
+        """[S, W, 4] float32: what turns rows of `scores` into laws. Rows of forced positions have none."""
+        return self.state.laws[(self.state.iteration[sequences] + 1) % 2, sequences, : self.window_size]
+
+    def redraw(self, row: int, weights: Tensor, where: Tensor, sequences: Tensor | None = None) -> None:
+        """Draw the drafts of rows row .. row + n - 1 anew from `weights` [S, n, V], where `where` [S, n] says so; see
         `kernels.reference.redraft`."""
-        ops.redraft(self.state, self.grid, self.seeds, row, weights, where)
+        ops.redraft(self.state, self.grid, self.seeds, row, weights, where, sequences)
 
 
 class Drafter(Protocol):
@@ -72,3 +83,59 @@ class Drafter(Protocol):
 
     def __call__(self, drafts: Drafts) -> None:
         """No sync with the device, and the same shapes in every call for a window: CUDA graphs capture it."""
+
+
+class RowAbove:
+    """`above-law`: `above-sample` that remembers the law one row up where it has left a window shorter than a row.
+
+    At most `MOST` drafts of a pass enter by it, which is rarely too few; those before them are random.
+
+    Args:
+        batch_size, max_window_size, vocab_size: B, W, V.
+        grid: of the images.
+
+    Attributes:
+        tensors: what it carries from pass to pass.
+    """
+
+    MOST = 8
+
+    def __init__(self, batch_size: int, max_window_size: int, vocab_size: int, grid: ops.Grid):
+        self._rows_apart = rows_apart(grid)
+        shape, device = (batch_size, self._rows_apart + max_window_size), grid.above.device
+        # Of position t at t modulo the length. An image writes all that it reads.
+        self.tensors = {
+            "scores": torch.zeros(*shape, vocab_size, device=device),
+            "laws": torch.zeros(*shape, 4, device=device),
+        }
+
+    @staticmethod
+    def is_needed(window_size: int, max_window_size: int, grid: ops.Grid) -> bool:
+        """Some windows may be shorter than a row: the first, or one that comes later."""
+        widest = max(rows_apart(grid), max_window_size)
+        return rows_apart(grid) > 0 and max_window_size > 1 and window_size < widest
+
+    def __call__(self, drafts: Drafts) -> None:
+        scores, laws = self.tensors["scores"], self.tensors["laws"]
+        sequences = drafts.unfinished
+        if not len(sequences):
+            return
+        first, device, length, each = drafts.first[sequences, None], scores.device, scores.shape[1], sequences[:, None]
+        slots = (first + torch.arange(drafts.window_size, device=device)) % length
+        scores[each, slots], laws[each, slots] = drafts.scores(sequences), drafts.laws(sequences)
+        if drafts.window_size >= self._rows_apart:
+            return
+
+        row = max(0, drafts.num_drafts - self.MOST)
+        positions = drafts.positions[sequences, row:].clamp_max(drafts.grid.num_tokens - 1)
+        above = drafts.grid.above[positions]
+        slots = above.clamp_min(0) % length
+        weights = ops.law_weights(scores[each, slots], laws[each, slots])
+        where = drafts.entered[sequences, row:] & (above >= 0) & (above < first)
+        drafts.redraw(row, weights, where, sequences)
+
+
+def rows_apart(grid: ops.Grid) -> int:
+    """The most positions between a token and the one above it; 0 in an image of one row."""
+    positions = torch.arange(grid.num_tokens, device=grid.above.device)
+    return int(torch.where(grid.above >= 0, positions - grid.above, 0).max())  # sync: once for a decoder

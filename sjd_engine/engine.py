@@ -93,7 +93,7 @@ class Engine:
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        init: str = "random",
+        init: str | None = None,
         reuse_threshold: float = 0.5,
         tree: tuple[int, int] | None = None,
         relaxation: float | None = None,
@@ -117,7 +117,8 @@ class Engine:
             temperature: > 0. top_k: >= 0, 0 keeps all. top_p: in (0, 1].
             negative_prompt: one text, or one for each prompt; takes the place of the empty caption in guidance.
             height, width: pixels; a size the model was trained for.
-            init: random, left-repeat, above-repeat, left-sample or above-sample.
+            init: random, left-repeat, above-repeat, left-sample, above-sample or above-law; see
+                `kernels.reference.fill_window` and `sjd_engine.drafting.RowAbove`.
             reuse_threshold: tau of sjd++, > 0.
             tree: (K, D), up to K candidates for each of the first D - 1 tokens of a window, whose tokens count among
                 window_size; for maximal, gumbel and sjd. None for one candidate. With a tree "auto" is the model's

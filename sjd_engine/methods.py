@@ -97,6 +97,9 @@ METHODS = {
 }
 TRAINING_FREE = tuple(name for name, method in METHODS.items() if not method.trained)  # for any model
 INITS = ("random", "left-repeat", "above-repeat", "left-sample", "above-sample")
+# By a drafter of `sjd_engine.drafting`; beside it, how drafts enter that it leaves alone.
+DRAFTED_INITS = {"above-law": "above-sample"}
+ALL_INITS = (*INITS, *DRAFTED_INITS)
 
 
 def get_method(name: str) -> Method:
@@ -126,6 +129,6 @@ def check_relaxation(method: Method, value: float | None) -> float | None:
 
 def check_init(init: str) -> str:
     """`init` itself. Raises: ValueError that lists the known names."""
-    if init not in INITS:
-        raise ValueError(f"init: unknown {init!r}; known initialisations: {', '.join(INITS)}")
+    if init not in ALL_INITS:
+        raise ValueError(f"init: unknown {init!r}; known initialisations: {', '.join(ALL_INITS)}")
     return init

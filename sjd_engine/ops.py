@@ -24,7 +24,7 @@ from torch import Tensor
 from sjd_engine import attention, kernels, native
 from sjd_engine.kernels import paged, reference
 from sjd_engine.kernels.acceptance import Acceptance, acceptance
-from sjd_engine.kernels.reference import law_weights, redraft, start, warp
+from sjd_engine.kernels.reference import combine, law_weights, redraft, start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 from sjd_engine.kernels.tree import MOST_CANDIDATES, Tree
 from sjd_engine.kernels.zipar import ZipPlan, ZipState, zip_verify, zip_window
@@ -42,6 +42,7 @@ __all__ = [
     "ZipState",
     "acceptance",
     "backend",
+    "combine",
     "kv_ops",
     "law_weights",
     "reads_previous_logits",

@@ -6,7 +6,7 @@ from typing import Any
 
 from sjd_engine.decoder import check_tree
 from sjd_engine.images import OUTPUT_TYPES
-from sjd_engine.methods import Method, check_init, check_relaxation, get_method
+from sjd_engine.methods import DRAFTED_INITS, INITS, Method, check_init, check_relaxation, get_method
 from sjd_engine.models.base import ImageModel, Prompt
 from sjd_engine.models.draft_head import FILE
 from sjd_engine.ops import Tree
@@ -62,7 +62,7 @@ def make_request(
     negative_prompt: str | Sequence[str] | None = None,
     height: int | None = None,
     width: int | None = None,
-    init: str = "random",
+    init: str | None = None,
     reuse_threshold: float = 0.5,
     tree: tuple[int, int] | None = None,
     relaxation: float | None = None,
@@ -116,6 +116,9 @@ def make_request(
     zipar_window = check_zipar_window(decoding, zipar_window, schedule)
     if zipar_window is not None:
         window_size, auto_window = ZipDecoder.window_size_of(schedule, zipar_window), False
+    init = check_init(model.defaults.init if init is None else init)
+    if decoding.trained and init in DRAFTED_INITS:
+        raise ValueError(f"init: {method} has a drafter already, got {init!r}; choose one of {', '.join(INITS)}")
     grid = (schedule.rows, schedule.cols, *sorted(schedule.forced.items()))
     return Request(
         prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
@@ -136,7 +139,7 @@ def make_request(
             window_size,
             auto_window,
             chosen_tree,
-            check_init(init),
+            init,
             relaxation,
             zipar_window,
             grid,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sjd_engine import JacobiDecoder, SamplingParams, Schedule, ops
+from sjd_engine.drafting import RowAbove
 from sjd_engine.testing import TableModel, decode, g_test, outcome_counts
 
 VOCAB = TOKENS = 4
@@ -28,6 +29,11 @@ class Table:
             drafts.redraw(row, LAWS[left.clamp_min(0)], self.chosen(drafts, row))
 
 
+SQUARE, FORCED = Schedule(2, 2), Schedule(1, 2, {0: 1, 2: 3})
+# Images whose rows are three positions apart or more, so that a window of two has lost the row above.
+APART = {"lines": Schedule(2, 2, {2: 1}), "wide": Schedule(2, 3)}
+
+
 def everywhere(drafts, row):
     return torch.ones_like(drafts.entered[:, row : row + 1])
 
@@ -36,12 +42,11 @@ def entered(drafts, row):
     return drafts.entered[:, row : row + 1]
 
 
-def p_value(method, drafter, *, window=TOKENS, params=None, forced=None, init="random"):
-    schedule = Schedule(1, TOKENS - len(forced), forced) if forced else Schedule(2, 2)
-    model = TableModel(VOCAB, TOKENS, seed=7, spread=1.5)
+def p_value(method, drafter=None, *, window=TOKENS, params=None, schedule=SQUARE, init="random"):
+    model = TableModel(VOCAB, schedule.num_tokens, seed=7, spread=1.5)
     decoder = JacobiDecoder(
         batch_size=COUNT,
-        num_tokens=TOKENS,
+        num_tokens=schedule.num_tokens,
         vocab_size=VOCAB,
         window_size=window,
         method=method,
@@ -51,6 +56,7 @@ def p_value(method, drafter, *, window=TOKENS, params=None, forced=None, init="r
         seeds=range(COUNT),
         drafter=drafter,
     )
+    assert drafter or init == "random" or isinstance(decoder._drafter, RowAbove)
     law = model.joint(decoder)
     counts = outcome_counts(decode(model, decoder), VOCAB)
     assert not decoder._state.zero_draft_prob.any(), "a draft outside its own law"
@@ -66,15 +72,22 @@ def test_drafts_of_any_law_leave_the_law_of_images(method, window, chosen):
 
 @pytest.mark.parametrize("method", ["maximal", "gumbel"])
 def test_some_drafts_of_any_law_with_top_k_and_forced_tokens(method):
-    assert p_value(method, Table(), params=SamplingParams(top_k=3), forced={0: 1, 2: 3}) > 1e-5
+    assert p_value(method, Table(), params=SamplingParams(top_k=3), schedule=FORCED) > 1e-5
+
+
+@pytest.mark.parametrize("schedule", APART.values(), ids=APART)
+@pytest.mark.parametrize("method", ["sjd", "maximal", "gumbel", "exact"])
+def test_the_remembered_row_above_leaves_the_law_of_images(method, schedule):
+    warping = {"params": SamplingParams(top_k=3)} if schedule.forced else {}
+    assert p_value(method, init="above-law", window=2, schedule=schedule, **warping) > 1e-5
 
 
 def test_a_law_that_was_not_drawn_from_fails(monkeypatch):
     """What is stored is the table before it is blended with the uniform law, what is drawn from is the blend."""
     redraft = ops.redraft
 
-    def blended(state, grid, seeds, row, weights, where):
-        redraft(state, grid, seeds, row, (weights + 1) / 2, where)
+    def blended(state, grid, seeds, row, weights, *where):
+        redraft(state, grid, seeds, row, (weights + 1) / 2, *where)
         rows = slice(row, row + weights.shape[1])
         state.drafted[:, rows] = weights
         state.drafted_scale[:, rows] = 1 / weights.sum(-1)
@@ -90,3 +103,51 @@ def test_a_choice_that_looks_at_the_token_it_replaces_fails():
         return drafts.tokens(drafts.positions[:, row : row + 1]) == 0
 
     assert p_value("maximal", Table(zeros)) < 1e-20
+
+
+@pytest.fixture
+def wrong_laws(monkeypatch):
+    """What is stored of a remembered law is sharper than what is drawn from."""
+    redraft = ops.redraft
+
+    def sharper(state, *arguments):
+        redraft(state, *arguments)
+        state.drafted.copy_(state.drafted**2)
+        state.drafted_scale.copy_(1 / state.drafted.sum(-1))
+
+    monkeypatch.setattr(ops, "redraft", sharper)
+
+
+@pytest.mark.usefixtures("wrong_laws")
+def test_a_remembered_law_that_was_not_drawn_from_fails():
+    assert p_value("maximal", init="above-law", window=2, schedule=APART["wide"]) < 1e-20
+
+
+def test_the_remembered_row_goes_on_where_it_stopped():
+    model = TableModel(VOCAB, 6, seed=7, spread=1.5)
+    setup = {"batch_size": 500, "num_tokens": 6, "vocab_size": VOCAB, "window_size": 2, "schedule": APART["wide"]}
+    tokens = []
+    for stops in (False, True):
+        decoder = JacobiDecoder(**setup, seeds=range(500), init="above-law")
+        cache = model.new_cache(500)
+        while not decoder.done:
+            if stops:
+                saved = decoder.state_dict()
+                decoder = JacobiDecoder(**setup, seeds=range(500), init="above-law")
+                decoder.load_state_dict(saved)
+            ids, positions = decoder.window()
+            decoder.verify(model.forward(ids, positions, cache))
+        tokens.append(decoder.token_ids)
+    assert torch.equal(*tokens)
+
+
+def test_an_image_with_a_remembered_row_is_the_same_alone_and_in_a_batch(engine):
+    arguments = {"init": "above-law", "window_size": 12, "output_type": "codes"}
+    together = engine.generate(["a red apple", "a blue car"], seed=3, **arguments).token_ids
+    alone = engine.generate("a blue car", seed=4, **arguments).token_ids
+    assert torch.equal(together[1:], alone)
+
+
+def test_above_law_brings_its_own_drafter():
+    with pytest.raises(ValueError, match="drafter: expected None"):
+        p_value("maximal", Table(), init="above-law")

@@ -60,11 +60,13 @@ class Defaults:
 
     window_size: with which `window_size="auto"` begins.
     max_window_size: how large it may get; a batch keeps the logits of two such windows of each image.
+    init: how new drafts enter.
     """
 
     window_size: int
     params: SamplingParams
     max_window_size: int = 64
+    init: str = "above-sample"
 
 
 class ImageModel(ABC):
