@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine.auto_window import DECIDE_EVERY, AutoWindow, History, PassCosts, least_seconds
-from sjd_engine.decoder import JacobiDecoder
+from sjd_engine.decoder import JacobiDecoder, Layout
 from sjd_engine.eagle import EagleDrafter, Seen
 from sjd_engine.graph import Progress, StepGraphs
 from sjd_engine.models import ImageModel
@@ -208,18 +208,19 @@ class Batch:
         """
         ids, _ = self.decoder.window()
         logits = self._logits[parity][..., : self.decoder.window_size, :]
+        layout = self.decoder.layout
         for rows, longest in groups:
-            logits.index_copy_(logits.ndim - 3, rows, self._forward(ids[rows], rows, longest))
+            logits.index_copy_(logits.ndim - 3, rows, self._forward(ids[rows], rows, longest, layout))
         result = self.decoder.verify(logits, self._logits[1 - parity], next_window)
         if result.accepted_slots is not None:
             self.kv_cache.compact(result.accepted_slots)
         self.kv_cache.advance(self._prefix_lens, result.num_committed)
 
-    def _forward(self, ids: Tensor, rows: Tensor, longest: int) -> Tensor:
+    def _forward(self, ids: Tensor, rows: Tensor, longest: int, layout: Layout) -> Tensor:
         """Logits [R, W, V], or [2, R, W, V] with guidance, of the windows ids [R, W] of some rows."""
         sequences = (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
         windows = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), self._anchors[sequences])
-        layout, bias = self.decoder.layout, self.decoder.layout.window_bias
+        bias = layout.window_bias
         if bias is not None and bias.ndim == 3:  # images that differ in it
             bias = bias[rows].repeat_interleave(self._copies, 0)
         kv_cache = self.kv_cache.select(sequences, longest)
@@ -254,9 +255,10 @@ class Batch:
         device = self.model.device
         ids = torch.zeros(len(rows), window, dtype=torch.int64, device=device)
         index, longest = torch.tensor(rows, device=device), max(self._at_most)
+        layout = self.decoder.layout_of(window)
 
         def forward() -> None:
-            self._forward(ids, index, longest)
+            self._forward(ids, index, longest, layout)
 
         if self._graphs is None:
             return least_seconds(forward, self.model.transformer)

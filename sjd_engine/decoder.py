@@ -352,9 +352,13 @@ class JacobiDecoder:
     @property
     def layout(self) -> Layout:
         """Of the next window."""
-        if self.window_size not in self._layouts:
-            self._layouts[self.window_size] = Layout.new(self.tree, self.chain_size, self.device)
-        return self._layouts[self.window_size]
+        return self.layout_of(self.window_size)
+
+    def layout_of(self, window_size: int) -> Layout:
+        """Of a window of `window_size` slots."""
+        if window_size not in self._layouts:
+            self._layouts[window_size] = Layout.new(self.tree, window_size - self.num_extra, self.device)
+        return self._layouts[window_size]
 
     @property
     def guided(self) -> bool:
