@@ -121,7 +121,7 @@ def four_kernel_port(
     if accept == "match":
         passed = drafts == coupled(logits, law, warping, refresh, seeds, positions)
     else:
-        p, q = target_probs(logits, law, warping), reference.draft_laws(state, drafts, logits.shape[-1], *warping)
+        p, q = target_probs(logits, law, warping), draft_probs(state, drafts, rows, logits.shape[-1], warping)
         p_draft, q_draft = (probs.gather(-1, drafts[..., None]).squeeze(-1) for probs in (p, q))
         passed = philox.uniform(words[philox.ACCEPT]) * q_draft < p_draft
     passed &= rows < window_size - 1
@@ -131,7 +131,7 @@ def four_kernel_port(
     if accept == "match":
         recovered = refreshed = coupled(logits, law, warping, refresh, seeds, positions)
     else:
-        p, q = target_probs(logits, law, warping), reference.draft_laws(state, drafts, logits.shape[-1], *warping)
+        p, q = target_probs(logits, law, warping), draft_probs(state, drafts, rows, logits.shape[-1], warping)
         left_over = reference.residual(p, q)
         empty = (reference.fixed_point(left_over).sum(-1) == 0) | (rows == window_size - 1)
         weights = reference.row_weights(reference.combine(logits, *warping), law)
@@ -146,10 +146,17 @@ def four_kernel_port(
     state.previous_logits = logits if accept == "ratio" else None
     state.tokens.scatter_(1, positions + 1, out)
     weights = reference.row_weights(reference.combine(logits, *warping), law)
-    reference.fill_window(state, grid, num_accepted + 1, init, seeds, weights)
+    reference.fill_window(state, grid, num_accepted + 1, window_size, init, seeds, weights)
     state.iteration += 1
     state.num_committed += num_accepted + 1
     return VerifyResult(num_accepted, state.num_committed.clone())
+
+
+def draft_probs(
+    state: WindowState, drafts: Tensor, rows: Tensor, vocab_size: int, warping: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    weights, scale = reference.draft_laws(state, drafts, rows, vocab_size, *warping)
+    return weights * scale[..., None]
 
 
 def target_probs(logits: Tensor, law: reference.RowLaw, warping: tuple[Tensor | None, Tensor | None]) -> Tensor:

@@ -173,7 +173,8 @@ class TestFillWindow:
         state = decoder._state
         row = position - state.num_committed
         ids = state.tokens[:, position + 1].expand(1, decoder.window_size)
-        return reference.draft_laws(state, ids, decoder.vocab_size, None, None)[0, row].squeeze(0)
+        weights, scale = reference.draft_laws(state, ids, torch.arange(ids.shape[1]), decoder.vocab_size, None, None)
+        return (weights * scale[..., None])[0, row].squeeze(0)
 
     def test_random_drafts_have_the_uniform_law(self):
         decoder, _ = self.first_pass("random")
