@@ -68,6 +68,7 @@ def test_captions_name_what_the_picture_shows(script):
 
 def test_a_larger_canvas_shows_a_larger_glyph(script):
     """It covers the same share of the picture."""
+    pytest.importorskip("skimage", reason="backgrounds need pip install -e '.[train]'")
     data = script("data")
     glyph = data.Glyph("noto", "1f534", "red circle", "red circle", "", "")
     disc = np.zeros((1, 64, 64, 4), np.uint8)
