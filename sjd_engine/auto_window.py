@@ -11,6 +11,7 @@ On the bundled model the law gives the passes of an image at windows from 8 to 4
 c = 2.0). Only counts of committed tokens and passes are read, so the law of the images stays as it is (rules C2, C3).
 """
 
+import math
 import time
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ import torch
 from sjd_engine.models.block import Transformer
 
 CANDIDATES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-MEASURED = (4, 16, 32, 64)  # windows at which a pass is timed
+MEASURED = (8, 16, 32, 64)  # windows at which a pass is timed
 DECIDE_EVERY = 4  # passes
-LONG_PASS = 0.05  # seconds; a longer one is timed once
+ROUNDS, ENOUGH_SECONDS = 4, 1.0  # of timing: rounds, or fewer once they have taken so long
 WORTH_A_CHANGE = 0.05  # share of the seconds that a change of windows must save
 PRIOR_TOKENS = 64  # of an image's history that weigh as much as what is assumed before
 LEAST_PASSES = 0.02  # u is at least this
@@ -65,17 +66,25 @@ class PassCosts:
     def __init__(self) -> None:
         self._points: list[tuple[int, float]] = []
 
-    def measure(self, num_sequences: int, windows: Sequence[int], seconds: Callable[[int], float]) -> None:
-        """Time passes larger than those that were timed before, and a first one of any size.
+    def measure(self, num_sequences: int, windows: Sequence[int], timer: Callable[[int], Callable[[], float]]) -> None:
+        """Time passes larger than those that were timed before. They take turns, so that a slow moment of the machine
+        falls on all of them, and the best time of each counts: the first one of a shape is slow.
 
         Args:
-            windows: ascending. seconds: times a pass over windows of that size.
+            windows: ascending. timer: makes what tells the seconds of one pass over windows of that size.
         """
-        for window in windows:
-            num_tokens = num_sequences * window
-            if not self._points or num_tokens > self._points[-1][0]:
-                least = self._points[-1][1] if self._points else 0.0  # more tokens never take less time
-                self._points.append((num_tokens, max(least, seconds(window))))
+        most = self._points[-1][0] if self._points else 0
+        timers = {num_sequences * window: timer(window) for window in windows if num_sequences * window > most}
+        seconds, spent = dict.fromkeys(timers, math.inf), 0.0
+        for _ in range(ROUNDS):
+            for num_tokens, time_pass in timers.items():
+                taken = time_pass()
+                seconds[num_tokens], spent = min(seconds[num_tokens], taken), spent + taken
+            if spent > ENOUGH_SECONDS:
+                break
+        for num_tokens, least in seconds.items():
+            before = self._points[-1][1] if self._points else 0.0
+            self._points.append((num_tokens, max(before, least)))  # more tokens never take less time
 
     def __call__(self, num_tokens: int) -> float:
         """Seconds of a pass, on the straight line through the two nearest measurements."""
@@ -100,9 +109,9 @@ class AutoWindow:
         self._candidates = [window for window in CANDIDATES if window <= largest] or [largest]
         self._measured = [window for window in MEASURED if window <= largest] or [largest]
 
-    def measure(self, num_sequences: int, seconds: Callable[[int], float]) -> None:
-        """Learn what passes over `num_sequences` take; `seconds` times one over windows of a size."""
-        self._costs.measure(num_sequences, self._measured, seconds)
+    def measure(self, num_sequences: int, timer: Callable[[int], Callable[[], float]]) -> None:
+        """Learn what passes over `num_sequences` take; see `PassCosts.measure` for the timer."""
+        self._costs.measure(num_sequences, self._measured, timer)
 
     def choose(self, current: int, num_sequences: int, histories: Sequence[History]) -> int:
         """The window of the passes to come: `current`, or the one that saves WORTH_A_CHANGE of the seconds.
@@ -136,13 +145,8 @@ def passes_of_a_token(prior: Acceptance, histories: Sequence[History]) -> float:
     return max(passes / tokens, LEAST_PASSES)
 
 
-def least_seconds(run: Callable[[], None], transformer: Transformer) -> float:
-    """What `run` takes on the device of `transformer`: the better of two times, or the first where it is long."""
-    first = seconds_of(run, transformer)
-    return first if first > LONG_PASS else min(first, seconds_of(run, transformer))
-
-
 def seconds_of(run: Callable[[], None], transformer: Transformer) -> float:
+    """What `run` takes on the device of `transformer`."""
     device = transformer.embedding.device
     wait(device)
     started = time.perf_counter()

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sjd_engine.auto_window import DECIDE_EVERY, AutoWindow, History, PassCosts, least_seconds
+from sjd_engine.auto_window import DECIDE_EVERY, AutoWindow, History, PassCosts, seconds_of
 from sjd_engine.decoder import JacobiDecoder, Layout
 from sjd_engine.eagle import EagleDrafter, Seen
 from sjd_engine.graph import Progress, StepGraphs
@@ -177,8 +177,10 @@ class Batch:
 
     def step(self) -> None:
         """One pass: the windows through the transformer, verified, and the cache rolled back."""
-        rows, window = self.rows, self.decoder.window_size
-        next_window = self._next_window(rows)
+        rows = self.rows
+        if self._auto is not None and not any(self._windows[row] for row in rows):
+            self.decoder.window_size, self._until_decision = self._best_window(rows), DECIDE_EVERY
+        window, next_window = self.decoder.window_size, self._next_window(rows)
         if self._graphs is None or next_window != window:  # a change is not worth a graph
             groups = [[row] for row in rows] if self._invariant else [rows]
             device = self.model.device
@@ -233,15 +235,18 @@ class Batch:
     # -------------------------------------------------------------------------------------------------------- windows
 
     def _next_window(self, rows: list[int]) -> int:
-        """The window of the next pass, decided by counts that the host knows."""
+        """The window of the pass after this one."""
         self._until_decision = (self._until_decision or DECIDE_EVERY) - 1
-        if self._auto is None or self._until_decision:
-            return self.decoder.window_size
+        return self.decoder.window_size if self._auto is None or self._until_decision else self._best_window(rows)
+
+    def _best_window(self, rows: list[int]) -> int:
+        """The window that promises most, by counts that the host knows."""
+        assert self._auto is not None
         together = [*rows, *[self.num_rows] * self.num_rows]  # filled up with the vacant row
         size = self._graphs.size(len(rows)) if self._graphs else len(rows)
         together = together[: 1 if self._invariant else size]
         num_sequences = self._copies * len(together)
-        self._auto.measure(num_sequences, lambda window: self._seconds(together, window))
+        self._auto.measure(num_sequences, lambda window: self._timer(together, window))
         histories = [
             History(self._windows[row][:passes], committed, self.decoder.num_tokens - committed)
             for row in rows
@@ -249,9 +254,9 @@ class Batch:
         ]
         return self._auto.choose(self.decoder.window_size, num_sequences, histories)
 
-    def _seconds(self, rows: list[int], window: int) -> float:
-        """Seconds of the transformer on windows of some rows. It writes behind the lengths of their caches, where the
-        next pass writes anyway."""
+    def _timer(self, rows: list[int], window: int) -> Callable[[], float]:
+        """What tells the seconds of the transformer on windows of some rows. It writes behind the lengths of their
+        caches, where the next pass writes anyway."""
         device = self.model.device
         ids = torch.zeros(len(rows), window, dtype=torch.int64, device=device)
         index, longest = torch.tensor(rows, device=device), max(self._at_most)
@@ -261,9 +266,9 @@ class Batch:
             self._forward(ids, index, longest, layout)
 
         if self._graphs is None:
-            return least_seconds(forward, self.model.transformer)
+            return partial(seconds_of, forward, self.model.transformer)
         forward()  # libraries choose their kernels before a capture
-        return least_seconds(self._graphs.capture(forward), self.model.transformer)
+        return partial(seconds_of, self._graphs.capture(forward), self.model.transformer)
 
     def poll(self, *, lag: bool = False) -> list[int]:
         """Tokens of every row so far; with `lag` what is known without waiting for the passes under way."""

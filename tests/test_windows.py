@@ -86,7 +86,7 @@ class ByPolicy:
     def __init__(self, *, peeks: bool = False):
         costs = PassCosts()
         self.policy, self.peeks = AutoWindow("maximal", VOCAB, costs), peeks
-        self.policy.measure(1, lambda window: 3 + window)
+        self.policy.measure(1, lambda window: lambda: 3.0 + window)
         self.passes: list[Tensor] = []
 
     def __call__(self, decoder: JacobiDecoder, windows: Tensor) -> Tensor:
