@@ -17,26 +17,26 @@ def test_relaxed_acceptance_draws_complete_images_in_fewer_passes_than_sjd(engin
     assert out.stats[0].zero_draft_prob == 0
 
 
-def test_rows_follow_each_other_at_their_distance(engine_bf16):
-    out = engine_bf16.generate("a red apple on grass", method="zipar", zipar_window=4, **ARGUMENTS)
+def test_rows_follow_each_other_at_their_distance(shallow_bf16):
+    out = shallow_bf16.generate("a red apple on grass", method="zipar", zipar_window=4, **ARGUMENTS)
     rows, cols = torch.arange(16)[:, None], torch.arange(16)
     assert torch.equal(torch.from_numpy(out.stats[0].acceptance_map), 4 * rows + cols)
     assert out.stats[0].nfe == 4 * 15 + 16
-    assert out.token_ids.max() < engine_bf16.model.num_codes
+    assert out.token_ids.max() < shallow_bf16.model.num_codes
 
 
-def test_an_adaptive_row_begins_later_and_never_earlier(engine_bf16):
-    out = engine_bf16.generate("a red apple on grass", method="zipar-adaptive", zipar_window=4, **ARGUMENTS)
+def test_an_adaptive_row_begins_later_and_never_earlier(shallow_bf16):
+    out = shallow_bf16.generate("a red apple on grass", method="zipar-adaptive", zipar_window=4, **ARGUMENTS)
     begins = torch.from_numpy(out.stats[0].acceptance_map)[:, 0].diff()
     assert begins.min() >= 5  # seen four tokens, then five
     assert begins.max() > 5
-    assert out.token_ids.max() < engine_bf16.model.num_codes
+    assert out.token_ids.max() < shallow_bf16.model.num_codes
 
 
-def test_an_image_is_the_same_alone_and_in_a_batch(engine_bf16):
+def test_an_image_is_the_same_alone_and_in_a_batch(shallow_bf16):
     arguments = ARGUMENTS | {"method": "zipar-adaptive", "zipar_window": 3}
-    together = engine_bf16.generate("a red apple on grass", num_images_per_prompt=2, **arguments)
-    alone = engine_bf16.generate("a red apple on grass", **arguments | {"seed": 4})
+    together = shallow_bf16.generate("a red apple on grass", num_images_per_prompt=2, **arguments)
+    alone = shallow_bf16.generate("a red apple on grass", **arguments | {"seed": 4})
     assert torch.equal(together.token_ids[1], alone.token_ids[0])
 
 
@@ -49,6 +49,6 @@ def test_an_image_is_the_same_alone_and_in_a_batch(engine_bf16):
         ({"method": "maximal", "relaxation": 2.0}, ValueError, "maximal has none"),
     ],
 )
-def test_bad_arguments_are_refused(engine_bf16, arguments, error, text):
+def test_bad_arguments_are_refused(shallow_bf16, arguments, error, text):
     with pytest.raises(error, match=text):
-        engine_bf16.generate("a cat", **ARGUMENTS | arguments)
+        shallow_bf16.generate("a cat", **ARGUMENTS | arguments)
