@@ -1,6 +1,8 @@
 """JacobiDecoder: the decode loop without a model."""
 
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +94,7 @@ class JacobiDecoder:
         max_window_size: of windows that change from pass to pass, see `verify`; None: W stays as it is.
         method: a name of `sjd_engine.methods.METHODS`.
         params: sampling parameters of the batch.
-        seeds: B ints, one for each image.
+        seeds: B integers of 64 bits, one for each image.
         schedule: forced tokens and grid; None: T free tokens in one row.
         init: how new drafts enter: random, left-repeat, above-repeat, left-sample, above-sample,
             above-law.
@@ -140,6 +142,7 @@ class JacobiDecoder:
                 raise ValueError(f"{name}: expected >= {least}, got {value}")
         if get_method(method).trained and drafter is None:
             raise ValueError(f"drafter: {method} needs one, see `sjd_engine.eagle.EagleDrafter`")
+        seeds = check_seeds("seeds", seeds)
         if len(seeds) != batch_size:
             raise ValueError(f"seeds: expected {batch_size}, one for each image, got {len(seeds)}")
         if not reuse_threshold > 0:
@@ -308,7 +311,7 @@ class JacobiDecoder:
         expected, got = self.params.in_use(self.vocab_size), params.in_use(self.vocab_size)
         if got != expected:
             raise ValueError(f"begin: params must use {', '.join(expected) or 'nothing'} as the other rows, got {got}")
-        self._seeds[self._check_row("begin", row)] = signed_64(seed)
+        self._seeds[self._check_row("begin", row)] = signed_64(check_seed("seed", seed))
         for name, column in params.warp_arguments(1, self.vocab_size, self.device).items():
             if column is not None:
                 mine = self.warp_arguments[name]
@@ -444,12 +447,30 @@ class JacobiDecoder:
         }
 
 
+def check_seeds(argument: str, seeds: Any) -> list[int]:
+    """`seeds` as ints, be they in a list, a range or an array of NumPy or torch. Raises: TypeError, ValueError."""
+    if not isinstance(seeds, Sequence) and getattr(seeds, "ndim", 0) != 1:
+        raise TypeError(f"{argument}: expected a list of 64-bit integers, one for each image, got {seeds!r}")
+    return [check_seed(argument, seed) for seed in seeds]
+
+
+def check_seed(argument: str, seed: Any) -> int:
+    """`seed` as an int, be it one of Python, NumPy or torch. Raises: TypeError, ValueError where it is no 64-bit
+    integer."""
+    remedy = "choose a whole number from -2**63 to 2**64 - 1"
+    value = None
+    if not isinstance(seed, bool) and getattr(seed, "dtype", None) != torch.bool:
+        with suppress(TypeError):
+            value = operator.index(seed)
+    if value is None:
+        raise TypeError(f"{argument}: expected a 64-bit integer, got {seed!r}; {remedy}")
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"{argument}: expected a 64-bit integer, got {seed}; {remedy}")
+    return value
+
+
 def signed_64(seed: int) -> int:
-    """The int64 with the same low 64 bits as `seed`. Raises: TypeError, ValueError where it is no 64-bit integer."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seeds: expected ints, got {seed!r}")
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"seeds: expected a 64-bit integer, got {seed}")
+    """The int64 with the same 64 bits as `seed`."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 

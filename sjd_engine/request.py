@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sjd_engine.decoder import check_tree
+from sjd_engine.decoder import check_seed, check_seeds, check_tree
 from sjd_engine.images import OUTPUT_TYPES
 from sjd_engine.methods import DRAFTED_INITS, INITS, Method, check_init, check_relaxation, get_method
 from sjd_engine.models.base import ImageModel, Prompt
@@ -181,14 +181,14 @@ def text_list(argument: str, value: str | Sequence[str]) -> list[str]:
 
 
 def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed for each of `count` images: seed + i for one int, or the given list."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return [seed + i for i in range(count)]
-    if not isinstance(seed, list | tuple):
-        raise TypeError(f"seed: expected an int or a list of ints, got {seed!r}")
-    if len(seed) != count:
-        raise ValueError(f"seed: expected one int or {count}, one for each image, got {len(seed)}")
-    return list(seed)
+    """One seed for each of `count` images: seed + i for one int, or the given ones. Raises: ValueError, TypeError."""
+    if not isinstance(seed, Sequence) and not getattr(seed, "ndim", 0):
+        first = check_seed("seed", seed)
+        return [check_seed("seed", first + i) for i in range(count)]
+    seeds = check_seeds("seed", seed)
+    if len(seeds) != count:
+        raise ValueError(f"seed: expected one int or {count}, one for each image, got {len(seeds)}")
+    return seeds
 
 
 def at_least(argument: str, value: int, least: int) -> int:

@@ -162,8 +162,12 @@ class TestErrors:
             make(**arguments)
 
     def test_seeds_must_be_ints(self):
-        with pytest.raises(TypeError, match="seeds"):
+        with pytest.raises(TypeError, match=r"seeds: expected a 64-bit integer, got 3\.5; choose a whole number"):
             make(seeds=(1, 2, 3.5))
+        with pytest.raises(TypeError, match="seeds: expected a list of 64-bit integers, one for each image, got 3"):
+            JacobiDecoder(batch_size=1, num_tokens=TOKENS, vocab_size=VOCAB, window_size=4, seeds=3)
+        with pytest.raises(TypeError, match="seed: expected a 64-bit integer, got '3'"):
+            make().begin(0, "3")
 
     def test_a_next_window_beyond_the_largest_leaves_the_state_alone(self):
         decoder = make(max_window_size=6)

@@ -8,6 +8,7 @@ from PIL import Image
 from sjd_engine import Engine, StepInfo
 from sjd_engine.auto_window import AutoWindow
 from sjd_engine.methods import INITS
+from sjd_engine.request import make_request
 from sjd_engine.testing import FUSED
 
 PROMPTS = ["a red apple", "noto soccer ball on grass", "twemoji smiling face on brick"]
@@ -218,8 +219,13 @@ BAD_ARGUMENTS = [
     ({"temperature": 0.0}, ValueError, "temperature: expected > 0"),
     ({"guidance_scale": 0.0}, ValueError, "guidance_scale: expected >= 1"),
     ({"seed": [1, 2]}, ValueError, "seed: expected one int or 1"),
-    ({"seed": "x"}, TypeError, "seed"),
-    ({"seed": [1.5]}, TypeError, "seed"),
+    ({"seed": "x"}, TypeError, "seed: expected a 64-bit integer, got 'x'; choose a whole number"),
+    ({"seed": None}, TypeError, "seed: expected a 64-bit integer, got None"),
+    ({"seed": True}, TypeError, "seed: expected a 64-bit integer, got True"),
+    ({"seed": [1.5]}, TypeError, "seed: expected a 64-bit integer, got 1.5"),
+    ({"seed": torch.tensor([1.5])}, TypeError, r"seed: expected a 64-bit integer, got tensor\(1.5"),
+    ({"seed": torch.tensor([[1]])}, TypeError, "seed: expected a list of 64-bit integers"),
+    ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, ValueError, "seed: expected a 64-bit integer, got 18446744"),
     ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
     ({"negative_prompt": ["a", "b"]}, ValueError, "negative_prompt: expected one text or 1"),
     ({"negative_prompt": "a", "guidance_scale": 1.0}, ValueError, "negative_prompt: needs guidance_scale > 1"),
@@ -240,6 +246,24 @@ def test_bad_arguments_are_refused_before_anything_runs(shallow_bf16, change, er
     arguments = {"prompt": "a cat", **SHORT, **change}
     with pytest.raises(error, match=message):
         shallow_bf16.generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (np.int64(3), [3, 4]),
+        (torch.tensor(3), [3, 4]),
+        (range(5, 7), [5, 6]),
+        (np.array([7, 2], dtype=np.uint8), [7, 2]),
+        (torch.tensor([7, 2]), [7, 2]),
+        ((np.uint64(2**64 - 1), torch.tensor(-1)), [2**64 - 1, -1]),
+    ],
+    ids=repr,
+)
+def test_seeds_may_be_integers_of_numpy_and_torch(shallow_bf16, seed, expected):
+    seeds = make_request(shallow_bf16.model, "a cat", seed=seed, num_images_per_prompt=2).seeds
+    assert seeds == expected
+    assert {type(value) for value in seeds} == {int}
 
 
 def test_a_model_that_says_nothing_finite_is_warned_about(shallow_bf16, monkeypatch):
