@@ -9,7 +9,7 @@ import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,8 +36,13 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="0 keeps all tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; a size the model was trained for.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     init: Annotated[str | None, typer.Option(help=", ".join(ALL_INITS) + "; default: the model's.")] = None,
+    reuse_threshold: Annotated[float | None, typer.Option(help="Of sjd++, > 0.")] = None,
     tree: Annotated[str | None, typer.Option(help="K,D: up to K candidates for each of D - 1 tokens.")] = None,
+    relaxation: Annotated[float | None, typer.Option(help="Of gsd (ranks, >= 0) and lantern (a bound, >= 1).")] = None,
+    zipar_window: Annotated[int | None, typer.Option(help="Of zipar: tokens of the row above to wait for.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
 ) -> None:
     """Draw a prompt and write PNG files, with the recipe inside."""
@@ -46,6 +51,21 @@ def generate(
 
     paths = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
     check_writable(output)
+    options = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "init": init,
+        "reuse_threshold": reuse_threshold,
+        "tree": None if tree is None else pair_of_ints("tree", tree),
+        "relaxation": int(relaxation) if relaxation is not None and relaxation.is_integer() else relaxation,
+        "zipar_window": zipar_window,
+    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     engine = Engine(model, device=device)
     out = engine.generate(
         prompt,
@@ -53,13 +73,7 @@ def generate(
         window_size=int(window) if re.fullmatch(r"-?\d+", window) else window,
         seed=seed,
         num_images_per_prompt=n,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        negative_prompt=negative_prompt,
-        init=init,
-        tree=None if tree is None else pair_of_ints("tree", tree),
+        **given,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     for path, image, stats, image_seed in zip(paths, out.images, out.stats, out.seeds, strict=True):
@@ -68,7 +82,8 @@ def generate(
             "model": model,
             "method": method,
             "seed": image_seed,
-            "init": init or engine.model.defaults.init,
+            "init": engine.model.defaults.init,
+            **given,
             "window": window,
             "nfe": stats.nfe,
         }

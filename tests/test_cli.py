@@ -1,3 +1,4 @@
+import inspect
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from PIL import Image
 
-from sjd_engine import cli
+from sjd_engine import Engine, cli
 
 
 @dataclass
@@ -35,7 +36,8 @@ def sjd(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
 
 def test_generate_writes_a_png_with_its_recipe(tmp_path):
     """As a process of its own."""
-    command = [sys.executable, "-m", "sjd_engine.cli", "generate", "a red apple", "-o", "deep/apple.png", "--seed", "3"]
+    command = [sys.executable, "-m", "sjd_engine.cli", "generate", "a red apple", "-o", "deep/apple.png"]
+    command += ["--seed", "3", "--top-k", "50"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "passes (NFE)" in done.stdout
@@ -45,12 +47,67 @@ def test_generate_writes_a_png_with_its_recipe(tmp_path):
     assert recipe["prompt"] == "a red apple"
     assert recipe["seed"] == 3
     assert recipe["method"] == "maximal"
+    assert recipe["top_k"] == 50
 
 
 def test_several_images_get_numbers(sjd, tmp_path):
     done = sjd("generate", "a cat", "-n", "2", "-o", "cat.png")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat-0.png", "cat-1.png"]
+
+
+@pytest.fixture
+def asked_for(monkeypatch) -> dict:
+    """What the engine is asked for; it draws nothing."""
+    asked: dict = {}
+
+    def generate(self, prompt, **arguments):
+        asked.update(arguments)
+        raise ValueError("nothing drawn")
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "argument", "value"),
+    [
+        ("--method", "sjd", "method", "sjd"),
+        ("--window", "24", "window_size", 24),
+        ("--window", "auto", "window_size", "auto"),
+        ("--seed", "-7", "seed", -7),
+        ("-n", "3", "num_images_per_prompt", 3),
+        ("--guidance-scale", "2.5", "guidance_scale", 2.5),
+        ("--temperature", "0.5", "temperature", 0.5),
+        ("--top-k", "50", "top_k", 50),
+        ("--top-p", "0.9", "top_p", 0.9),
+        ("--negative-prompt", "a dog", "negative_prompt", "a dog"),
+        ("--height", "64", "height", 64),
+        ("--width", "64", "width", 64),
+        ("--init", "above-law", "init", "above-law"),
+        ("--reuse-threshold", "0.3", "reuse_threshold", 0.3),
+        ("--tree", "3,2", "tree", (3, 2)),
+        ("--relaxation", "7", "relaxation", 7),
+        ("--relaxation", "1.5", "relaxation", 1.5),
+        ("--zipar-window", "4", "zipar_window", 4),
+    ],
+)
+def test_an_option_reaches_the_engine_as_its_argument(sjd, asked_for, option, text, argument, value):
+    done = sjd("generate", "a cat", option, text)
+    assert (done.returncode, done.stderr) == (2, "sjd: nothing drawn\n")
+    assert (asked_for[argument], type(asked_for[argument])) == (value, type(value))
+
+
+def test_what_is_left_out_is_the_engines_default(sjd, asked_for):
+    sjd("generate", "a cat")
+    assert asked_for == {"method": "maximal", "window_size": "auto", "seed": 0, "num_images_per_prompt": 1}
+
+
+def test_every_argument_of_generate_has_an_option():
+    arguments = set(inspect.signature(Engine.generate).parameters) - {"self", "prompt"}
+    arguments -= {"output_type", "callback_on_step", "progress"}  # PNG files, for people
+    names = {"n": "num_images_per_prompt", "window": "window_size"}
+    assert arguments <= {names.get(name, name) for name in inspect.signature(cli.generate).parameters}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +119,9 @@ def test_several_images_get_numbers(sjd, tmp_path):
         (["a cat", "--window", "wide"], 2, "window_size: expected an int or 'auto', got 'wide'"),
         (["a cat", "--top-k", "-1"], 2, "top_k: expected >= 0"),
         (["a cat", "--tree", "3x3"], 2, "tree: expected two numbers such as 3,3"),
+        (["a cat", "--relaxation", "2"], 2, "relaxation: maximal has none, only gsd, lantern"),
+        (["a cat", "--zipar-window", "2"], 2, "zipar_window: maximal has none"),
+        (["a cat", "--height", "128"], 2, "emoji draws 64x64 pixels, got 128x64"),
         (["a cat", "-o", "cat.jpg"], 2, "expected a .png file"),
         (["a cat", "-o", "taken/cat.png"], 2, "is not a writable folder"),
         (["a cat", "--model", "nowhere"], 1, "neither a bundled model"),
