@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+FAMILIES = ("emoji", "anole", "lumina", "janus", "simplear", "llamagen", "emu3")
 
 # Who may import what of this project, lowest first; a module may import from its own level and from those above it.
 LEVELS = [
@@ -74,20 +75,21 @@ def test_kernels_import_nothing_but_torch_triton_and_numpy():
             assert any(imported == name or imported.startswith(name + ".") for name in allowed), (path, imported)
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_import_is_light():
-    code = (
-        "import sys, sjd_engine; print([m for m in ('triton', 'transformers', 'typer', 'scipy') if m in sys.modules])"
-    )
-    assert run(code) == "[]"
-
-
-def test_import_takes_less_than_300_ms_beyond_torch():
-    code = "import time, torch, numpy; s = time.perf_counter(); import sjd_engine; print(time.perf_counter() - s)"
-    assert min(float(run(code)) for _ in range(3)) < 0.3
+def test_import_loads_little_beyond_torch_and_numpy():
+    """Two packages and a progress bar; of this one neither the families, nor what is written in Triton, nor the CLI."""
+    code = """if True:
+        import sys, torch, numpy
+        before = set(sys.modules)
+        import sjd_engine
+        print(*set(sys.modules) - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    packages = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert "sjd_engine" in packages <= {"sjd_engine", "PIL", "safetensors", "tqdm"}
+    later = {"sjd_engine.cli", "sjd_engine.kernels.verify", "sjd_engine.kernels.attention"}
+    later |= {f"sjd_engine.models.{family}" for family in FAMILIES}
+    assert not loaded & later
 
 
 def test_only_native_imports_the_compiled_module():
