@@ -18,7 +18,7 @@ import importlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,21 +86,39 @@ def backend(device: torch.device | str, *, page_size: int, dtype: torch.dtype, h
 
 @functools.cache
 def _backend(device: str, page_size: int, dtype: torch.dtype, head_dim: int, wanted: str) -> AttentionBackend:
-    if wanted and wanted not in ATTENTIONS:
-        raise ValueError(f"{OVERRIDE}: unknown {wanted!r}; known: {', '.join(ATTENTIONS)}")
+    def obstacle(name: str) -> str:
+        return missing(name, device) or unsuitable(name, device, page_size, dtype, head_dim)
+
+    name, reason = choose("window_attention", ATTENTIONS, device, obstacle, OVERRIDE, wanted)
+    return AttentionBackend(name, reason, implementation(name))
+
+
+def choose(
+    op: str, known: Collection[str], device: str, obstacle: Callable[[str], str], override: str, wanted: str
+) -> tuple[str, str]:
+    """What runs an op, and why: what the variable names, else our own kernel, else with a warning the reference.
+
+    Args:
+        known: names of what there is.
+        obstacle: what keeps one of them from running; "" where nothing does.
+        override, wanted: the variable and its value, "" where it is not set.
+    Raises: ValueError where the variable names none; RuntimeError where what it names cannot run.
+    """
+    if wanted and wanted not in known:
+        raise ValueError(f"{override}: unknown {wanted!r}; known: {', '.join(known)}")
     name = wanted or ("cpu" if device == "cpu" else "triton")
-    obstacle = missing(name, device) or unsuitable(name, device, page_size, dtype, head_dim)
-    if not obstacle:
-        reason = f"{OVERRIDE} asks for it" if wanted else f"our own kernel on {device}"
-        return AttentionBackend(name, reason, implementation(name))
+    found = obstacle(name)
+    if not found:
+        return name, f"{override} asks for it" if wanted else f"our own kernel on {device}"
     if wanted:
-        raise RuntimeError(f"{OVERRIDE}={wanted}: {obstacle}")
-    warnings.warn(f"the slow reference runs `window_attention`: {obstacle}", RuntimeWarning, stacklevel=3)
-    return AttentionBackend("reference", obstacle, paged.window_attention)
+        raise RuntimeError(f"{override}={wanted}: {found}")
+    warnings.warn(f"the slow reference runs `{op}`: {found}", RuntimeWarning, stacklevel=4)
+    return "reference", found
 
 
 def missing(name: str, device: str) -> str:
-    """What keeps an implementation from running on `device`, with the remedy; "" where nothing does."""
+    """What keeps an implementation from running on `device`, with the remedy; "" where nothing does. Of those that have
+    the other ops, too, it is the same for them."""
     spec = ATTENTIONS[name]
     if spec.device not in ("", device):
         return f"it runs on {spec.device}, not on {device}"

@@ -11,9 +11,7 @@ over its pages where attention.py says. For graphs that are traced they are `tor
 """
 
 import functools
-import importlib
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -77,33 +75,10 @@ def backend(device: torch.device | str) -> Backend:
 
 @functools.cache
 def _backend(device: str, wanted: str) -> Backend:
-    if wanted and wanted not in BACKENDS:
-        raise ValueError(f"{OVERRIDE}: unknown {wanted!r}; known backends: {', '.join(BACKENDS)}")
-    name = wanted or ("cpu" if device == "cpu" else "triton")
-    obstacle = missing(name, device)
-    if not obstacle:
-        reason = f"{OVERRIDE} asks for it" if wanted else f"the fastest on {device}"
-        return Backend(name, reason, implementation(name))
-    if wanted:
-        raise RuntimeError(f"{OVERRIDE}={wanted}: {obstacle}")
-    warnings.warn(f"the slow reference runs `verify`: {obstacle}", RuntimeWarning, stacklevel=3)
-    return Backend("reference", obstacle, reference.verify)
-
-
-def missing(name: str, device: str) -> str:
-    """What keeps backend `name` from running on `device`, with the remedy; "" where nothing does."""
-    if name == "cpu":
-        if device != "cpu":
-            return f"the compiled module works on a CPU, not on {device}"
-        return "" if native.available() else f"{native.why_not()}; `pip install .` with a C++17 compiler builds it"
-    if name == "triton":
-        try:
-            triton = importlib.import_module("triton")
-        except ImportError as error:
-            return f"{error}; `pip install triton`"
-        if device == "cpu" and not triton.knobs.runtime.interpret:
-            return "Triton needs a GPU, or TRITON_INTERPRET=1 to be interpreted slowly"
-    return ""
+    name, reason = attention.choose(
+        "verify", BACKENDS, device, lambda name: attention.missing(name, device), OVERRIDE, wanted
+    )
+    return Backend(name, reason, implementation(name))
 
 
 def implementation(name: str) -> Callable[..., VerifyResult]:
@@ -164,7 +139,7 @@ def page_obstacle(device: torch.device) -> str:
     if os.environ.get(OVERRIDE) == "reference":
         return f"{OVERRIDE} asks for it"
     if device.type == "cpu":
-        return missing("cpu", "cpu")
+        return attention.missing("cpu", "cpu")
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the compiled module has no ops for {'HIP' if device.type == 'cuda' else device.type}"
     return (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sjd_engine import JacobiDecoder, SamplingParams, native, ops
+from sjd_engine import JacobiDecoder, SamplingParams, attention, native, ops
 from sjd_engine.batch import Batch
 from sjd_engine.kernels import reference
 from sjd_engine.request import make_request
@@ -32,8 +32,8 @@ class TestBackend:
     def test_every_backend_can_be_asked_for_and_decides_alike(self, name, monkeypatch):
         expected = CASE.run(reference.verify)
         monkeypatch.setenv("SJD_BACKEND", name)
-        if ops.missing(name, "cpu"):
-            pytest.skip(ops.missing(name, "cpu"))
+        if attention.missing(name, "cpu"):
+            pytest.skip(attention.missing(name, "cpu"))
         assert ops.backend("cpu").name == name
         assert_same_decisions(expected, CASE.run(ops.verify))
 
