@@ -64,15 +64,7 @@ def run(args: argparse.Namespace) -> Result:
         for size in args.sizes
     ]
     dtype, turns = model.transformer.dtype, len(runs[settings[0], args.sizes[0]])
-    setup = {
-        "experiment": args.experiment,
-        "model": args.model,
-        "prompts": texts,
-        "dtype": str(dtype),
-        "page_size": args.page_size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    setup = measure.setup(args, args.model, prompts=texts, dtype=str(dtype), page_size=args.page_size)
     note = (
         f"{args.model}, {len(texts)} images, {dtype}, {torch.get_num_threads()} threads, pages of {args.page_size} "
         f'tokens, best of {turns} runs; "vs one" is against {args.sizes[0]} at once'

@@ -10,7 +10,6 @@ import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from sjd_engine.pack import pack
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.testing import from_transformers, smollm2
 
-from . import statistics
+from . import measure, statistics
 from .report import Column, Result
 from .settings import Setting
 from .statistics import interval
@@ -105,7 +104,7 @@ class Text:
 
 def run(args: argparse.Namespace) -> Result:
     """The ways to refresh on text, no top-k, temperature 1."""
-    setup: dict[str, Any] = {"experiment": args.experiment, "model": "SmolLM2-135M-Instruct"}
+    setup = measure.setup(args, "SmolLM2-135M-Instruct")
     if missing():
         skipped = [{"method": "all", "window": "all", "reason": missing()}]
         return Result({"setup": setup, "rows": [], "skipped": skipped}, COLUMNS)
@@ -138,5 +137,5 @@ def run(args: argparse.Namespace) -> Result:
         f"SmolLM2-135M-Instruct, {count} openings, {args.new_tokens} tokens each, bfloat16, {torch.get_num_threads()} "
         f"threads, temperature 1, no top-k, torch {torch.__version__}; 95 % intervals in []"
     )
-    setup |= {"prompts": OPENINGS[:count], "new_tokens": args.new_tokens, "threads": torch.get_num_threads()}
+    setup |= {"prompts": OPENINGS[:count], "new_tokens": args.new_tokens}
     return Result({"setup": setup, "rows": rows}, COLUMNS, (note,))

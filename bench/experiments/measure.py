@@ -1,6 +1,7 @@
 """Settings on the same prompts, one image at a time. They take turns, each prompt from another one on, so that a slow
 moment of the machine falls on all of them."""
 
+import argparse
 import math
 import sys
 import time
@@ -264,6 +265,12 @@ def trace(engine: Engine, setting: Setting, prompts: Sequence[str], seed: int) -
         for i, prompt in enumerate(prompts):
             engine.generate(prompt, seed=seed + i, output_type="codes", progress=False, **setting.arguments)
     return watch.document()
+
+
+def setup(args: argparse.Namespace, model: str, **more: Any) -> dict[str, Any]:
+    """What an experiment's document tells of `model`, of what is measured of it and of the machine."""
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"experiment": args.experiment, "model": model, **more, **machine}
 
 
 def load(model: str, dtype: str | None) -> Engine:

@@ -112,17 +112,15 @@ def result(
     params, dtype = engine.model.defaults.params, engine.model.transformer.dtype
     documents = [row.document(rows) for row in rows] if documents is None else documents
     count = len(rows[0].images)
-    setup = {
-        "experiment": args.experiment,
-        "model": args.model,
-        "prompts": prompts.take(count),
-        "seed": args.seed,
-        "dtype": str(dtype),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "params": asdict(params),
-        "confidence": statistics.CONFIDENCE,
-    }
+    setup = measure.setup(
+        args,
+        args.model,
+        prompts=prompts.take(count),
+        seed=args.seed,
+        dtype=str(dtype),
+        params=asdict(params),
+        confidence=statistics.CONFIDENCE,
+    )
     line = (
         f"{args.model}, {count} prompts, one image at a time, {dtype}, {torch.get_num_threads()} threads, guidance "
         f"{params.guidance_scale}, temperature {params.temperature}, torch {torch.__version__}; 95 % intervals in []"

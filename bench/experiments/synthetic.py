@@ -92,14 +92,7 @@ def run(args: argparse.Namespace) -> Result:
                 one_row(engine, method, window, 1)  # warms up
                 row = one_row(engine, method, window, args.repeats)
             rows.append(row | {"expected": round(expected(accept, window), 3)})
-    setup = {
-        "experiment": args.experiment,
-        "model": args.model,
-        "accept": accept,
-        "num_codes": model.num_codes,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    setup = measure.setup(args, args.model, accept=accept, num_codes=model.num_codes)
     note = (
         f"{args.model} without its transformer, {model.num_codes} codes, drafts accepted with chance {accept}, "
         f"guidance {model.defaults.params.guidance_scale}, {torch.get_num_threads()} threads, torch "
