@@ -14,6 +14,7 @@ from tiny_checkpoints import (
     Tiny,
     anole_hf_checkpoint,
     anole_meta_checkpoint,
+    line_breaks,
     llamagen_class_checkpoint,
     llamagen_text_checkpoint,
     lumina_checkpoint,
@@ -182,11 +183,14 @@ def test_emu3_breaks_every_line_of_every_shape(full_size):
     model.detokenizer.patch_size = 8
     model.sizes = emu3.shapes(720, 8)
     assert model.sizes[:2] == ((720, 720), (624, 832))
+    ends = ("<|extra_200|>", "<|extra_201|>", "<|image end|>", "<|extra_204|>")
+    tokens = [CODES + model.vocabulary.token(name) for name in ends]
+    assert len(model.sizes) == len(set(model.sizes)) == 9
     for height, width in model.sizes:
         assert abs(height * width / 720**2 - 1) < 0.02
-        schedule, line = model.schedule(height, width), width // 8 + 1
-        assert schedule.num_tokens == height // 8 * line + 3
-        assert all(schedule.forced[row * line + line - 1] == schedule.forced[line - 1] for row in range(height // 8))
+        schedule, shape = model.schedule(height, width), (height // 8, width // 8)
+        assert (schedule.rows, schedule.cols) == shape
+        assert dict(schedule.forced) == line_breaks(*shape, *tokens)
     assert model.schedule(720, 720).num_tokens == 8190 + 3
 
 
