@@ -11,6 +11,7 @@
 #include "attention_cpu.h"
 #include "check.h"
 #include "device_info.h"
+#include "layers_cpu.h"
 #include "page_allocator.h"
 #include "paged_kv.h"
 #include "verify_cpu.h"
@@ -310,6 +311,58 @@ void window_attention(const Pages& pages, uintptr_t queries, const std::array<in
   attend_cpu(params, num_threads);
 }
 
+// ----------------------------------------------------------------------------------------------------------- layers
+
+void add_rms_norm(uintptr_t x, uintptr_t y, uintptr_t weight, uintptr_t sum, uintptr_t out, const std::string& dtype,
+                  int64_t rows, int64_t hidden, float eps, int num_threads) {
+  constexpr const char* kOp = "add_rms_norm";
+  check_range(kOp, "rows", rows, 0, INT32_MAX);
+  check_range(kOp, "hidden", hidden, 1, INT32_MAX);
+  check_range(kOp, "num_threads", num_threads, 1, INT32_MAX);
+  const AddRmsNorm op{optional<void>(x),
+                      optional<void>(y),
+                      required<void>(kOp, "weight", weight),
+                      y == 0 ? nullptr : required<void>(kOp, "sum", sum),
+                      reinterpret_cast<void*>(out),
+                      dtype_of(kOp, dtype),
+                      rows,
+                      hidden,
+                      eps};
+  py::gil_scoped_release release;
+  add_rms_norm_cpu(op, num_threads);
+}
+
+void rotate(uintptr_t x, int64_t sequence_stride, int64_t token_stride, uintptr_t cos, uintptr_t sin,
+            const std::string& dtype, const std::array<int64_t, 4>& sizes, int num_threads) {
+  constexpr const char* kOp = "rotate";
+  for (const int64_t size : sizes) check_range(kOp, "every size", size, 1, INT32_MAX);
+  check(sizes[3] % 2 == 0, kOp, "the head dim", "even", text(sizes[3]));
+  check_range(kOp, "num_threads", num_threads, 1, INT32_MAX);
+  const Rotate op{required<void>(kOp, "x", x),
+                  sequence_stride,
+                  token_stride,
+                  required<void>(kOp, "cos", cos),
+                  required<void>(kOp, "sin", sin),
+                  dtype_of(kOp, dtype),
+                  sizes[0],
+                  sizes[1],
+                  sizes[2],
+                  sizes[3]};
+  py::gil_scoped_release release;
+  rotate_cpu(op, num_threads);
+}
+
+void silu_mul(uintptr_t gate_up, uintptr_t out, const std::string& dtype, int64_t rows, int64_t width,
+              int num_threads) {
+  constexpr const char* kOp = "silu_mul";
+  check_range(kOp, "rows", rows, 0, INT32_MAX);
+  check_range(kOp, "width", width, 1, INT32_MAX);
+  check_range(kOp, "num_threads", num_threads, 1, INT32_MAX);
+  const SiluMul op{optional<void>(gate_up), reinterpret_cast<void*>(out), dtype_of(kOp, dtype), rows, width};
+  py::gil_scoped_release release;
+  silu_mul_cpu(op, num_threads);
+}
+
 // ----------------------------------------------------------------------------------------------------------- module
 
 // "sm_80 sm_90 compute_90" as a tuple.
@@ -403,6 +456,18 @@ void define_paged_cache(py::module_& m) {
         arg("scale"), arg("num_threads"), "Bottom-right causal attention over pages. Strides in elements.");
 }
 
+void define_layers(py::module_& m) {
+  using py::arg;
+  m.def("add_rms_norm", &add_rms_norm, py::kw_only(), arg("x"), arg("y"), arg("weight"), arg("sum"), arg("out"),
+        arg("dtype"), arg("rows"), arg("hidden"), arg("eps"), arg("num_threads"),
+        "The RMSNorm of x + y, and the sum; of x where y is 0.");
+  m.def("rotate", &rotate, py::kw_only(), arg("x"), arg("sequence_stride"), arg("token_stride"), arg("cos"),
+        arg("sin"), arg("dtype"), arg("sizes"), arg("num_threads"),
+        "Rotate heads [S, N, H, D] in place. Strides in elements.");
+  m.def("silu_mul", &silu_mul, py::kw_only(), arg("gate_up"), arg("out"), arg("dtype"), arg("rows"), arg("width"),
+        arg("num_threads"), "silu(gate) * up.");
+}
+
 }  // namespace
 }  // namespace sjd
 
@@ -421,6 +486,7 @@ PYBIND11_MODULE(_C, m) {
         "(name, (major, minor), memory in bytes) of every CUDA device. Raises RuntimeError with CUDA's own message.");
   m.def("bfloat16_isa", &sjd::bfloat16_isa, "What multiplies bfloat16 in attention on a CPU.");
   sjd::define_paged_cache(m);
+  sjd::define_layers(m);
   m.def("verify_cpu", &sjd::verify, py::kw_only(), arg("logits"), arg("dtype"), arg("guided"), arg("strides"),
         arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"), arg("next_window_size"),
         arg("max_window_size"), arg("vocab_size"), arg("num_tokens"), arg("tokens"), arg("num_committed"),

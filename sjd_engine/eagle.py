@@ -134,5 +134,6 @@ class EagleDrafter:
         embeddings = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), hidden[:, 0])
         positions, span = cache.positions(hidden.shape[1])
         rows = positions.clamp_max(len(transformer.cos) - 1)
-        run = Pass(cache, span, transformer.cos[rows][:, :, None], transformer.sin[rows][:, :, None], None)
+        cos, sin = (table[rows][:, :, None] for table in (transformer.cos, transformer.sin))
+        run = Pass(cache, span, cos, sin, None, ops.layer_ops(hidden))
         return self.head(embeddings, hidden, run)

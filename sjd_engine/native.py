@@ -357,6 +357,94 @@ def _checked(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: tor
     return tensor.data_ptr()
 
 
+# -------------------------------------------------------------------------------------------------------------- layers
+# The ops of kernels/layers.py, where the arguments are explained, with the same signatures, on a CPU. float32
+# arithmetic, rounded once; a row's result does not depend on the rows beside it or the number of threads.
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`layers.rms_norm` in one pass over each row."""
+    return _add_rms_norm("rms_norm", x, None, weight, eps)[1]
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`layers.add_rms_norm` in one pass over each row."""
+    if y.shape != x.shape or y.dtype != x.dtype or not y.is_cpu:
+        raise ValueError(
+            f"add_rms_norm: y must be {list(x.shape)} {x.dtype} on a CPU, got {list(y.shape)} {y.dtype} on {y.device}"
+        )
+    return _add_rms_norm("add_rms_norm", x, y.contiguous(), weight, eps)
+
+
+def _add_rms_norm(op: str, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + y or x, its norm)."""
+    dtype, (hidden,) = _cpu_dtype(op, "x", x), x.shape[-1:]
+    if weight.shape != (hidden,):
+        raise ValueError(f"{op}: weight must be [{hidden}], got {list(weight.shape)}")
+    x = x.contiguous()
+    total = x if y is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    _module().add_rms_norm(
+        x=x.data_ptr(),
+        y=0 if y is None else y.data_ptr(),
+        weight=_checked(op, "weight", weight, x.dtype, x.device),
+        sum=total.data_ptr(),
+        out=out.data_ptr(),
+        dtype=dtype,
+        rows=x.numel() // hidden,
+        hidden=hidden,
+        eps=eps,
+        num_threads=torch.get_num_threads(),
+    )
+    return total, out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`layers.rotate` in place, where the heads of a token lie side by side."""
+    op, (num_seqs, num_new, num_heads, head_dim) = "rotate", x.shape
+    dtype, rows = _cpu_dtype(op, "x", x), (num_seqs, num_new, 1, head_dim)
+    if x.stride()[2:] != (head_dim, 1):
+        x = x.contiguous()
+    if cos.shape != rows or sin.shape != rows:
+        cos, sin = cos.expand(rows).contiguous(), sin.expand(rows).contiguous()
+    _module().rotate(
+        x=x.data_ptr(),
+        sequence_stride=x.stride(0),
+        token_stride=x.stride(1),
+        cos=_checked(op, "cos", cos, x.dtype, x.device),
+        sin=_checked(op, "sin", sin, x.dtype, x.device),
+        dtype=dtype,
+        sizes=(num_seqs, num_new, num_heads, head_dim),
+        num_threads=torch.get_num_threads(),
+    )
+    return x
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`layers.silu_mul` in one pass."""
+    dtype, width = _cpu_dtype("silu_mul", "gate_up", gate_up), gate_up.shape[-1] // 2
+    gate_up = gate_up.contiguous()
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    _module().silu_mul(
+        gate_up=gate_up.data_ptr(),
+        out=out.data_ptr(),
+        dtype=dtype,
+        rows=out.numel() // width,
+        width=width,
+        num_threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _cpu_dtype(op: str, name: str, tensor: Tensor) -> str:
+    """What the compiled module calls the dtype of a tensor on a CPU."""
+    if tensor.dtype not in DTYPES or not tensor.is_cpu:
+        raise ValueError(
+            f"{op}: {name} must be float32, float16 or bfloat16 on a CPU, got {tensor.dtype} on {tensor.device}"
+        )
+    return DTYPES[tensor.dtype]
+
+
 # --------------------------------------------------------------------------------------------------------------- parts
 
 

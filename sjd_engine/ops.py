@@ -7,20 +7,22 @@
 
 They decide alike, bit for bit. The ops of the paged cache run in the compiled module or in plain PyTorch, and attention
 over its pages where attention.py says. For graphs that are traced they are `torch.ops.sjd.verify`, `append_kv` and
-`window_attention`.
+`window_attention`. What stands between the products of a block is fused in the compiled module on a CPU, and is plain
+PyTorch elsewhere.
 """
 
 import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sjd_engine import attention, kernels, native
-from sjd_engine.kernels import paged, reference
+from sjd_engine.kernels import layers, paged, reference
 from sjd_engine.kernels.acceptance import Acceptance, acceptance
 from sjd_engine.kernels.reference import combine, law_weights, redraft, start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
@@ -43,6 +45,7 @@ __all__ = [
     "combine",
     "kv_ops",
     "law_weights",
+    "layer_ops",
     "reads_previous_logits",
     "redraft",
     "start",
@@ -180,6 +183,20 @@ def window_attention(
     if torch.compiler.is_compiling():
         return torch.ops.sjd.window_attention(*arguments)
     return _window_attention(*arguments)
+
+
+def layer_ops(x: Tensor) -> ModuleType:
+    """What runs the ops of `kernels.layers` in a pass over x: their twins in the compiled module for a tensor on a CPU
+    that nothing traces, casts or differentiates, else the definition itself."""
+    fused = (
+        x.is_cpu
+        and x.dtype in native.DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not page_obstacle(x.device)
+    )
+    return native if fused else layers
 
 
 # ---------------------------------------------------------------------------------------------------- torch.ops.sjd

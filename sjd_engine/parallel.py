@@ -27,8 +27,8 @@ class SharedBlock(Block):
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         return add_up(super()._attention(x, run))
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        return add_up(super()._mlp(x))
+    def _mlp(self, x: Tensor, run: Pass) -> Tensor:
+        return add_up(super()._mlp(x, run))
 
 
 class SharedTransformer(Transformer):

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-SOURCES = [CSRC / f"{name}.cpp" for name in ("attention_cpu", "page_allocator", "paged_kv_cpu", "rows", "verify_cpu")]
+COMPILED = ("attention_cpu", "layers_cpu", "page_allocator", "paged_kv_cpu", "rows", "verify_cpu")
+SOURCES = [CSRC / f"{name}.cpp" for name in COMPILED]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 

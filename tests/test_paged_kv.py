@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sjd_engine import PagedKVCache, native
 from sjd_engine.kernels import paged
-from sjd_engine.models.rope import rope_table, rotate
+from sjd_engine.kernels.layers import rotate
+from sjd_engine.models.rope import rope_table
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 

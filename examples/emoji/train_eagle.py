@@ -23,6 +23,7 @@ from train_transformer import CaptionedCodes
 from sjd_engine.models import load_model
 from sjd_engine.models.block import Pass, Transformer
 from sjd_engine.models.draft_head import FILE, DraftHead
+from sjd_engine.ops import layer_ops
 
 NULL_CAPTION_RATE = 0.3  # guidance reads the law without a caption as often as the one with
 GUESSED = 0.3  # share of the hidden states that the head has guessed
@@ -59,9 +60,8 @@ def hidden_states(transformer: Transformer, ids: Tensor, first: Tensor, count: i
 def guess(head: DraftHead, transformer: Transformer, codes: Tensor, hidden: Tensor, first_code: int) -> Tensor:
     """[B, T - 1, hidden]: what the head guesses for slots 1..T - 1."""
     count = codes.shape[1] - 1
-    run = Pass(
-        WholeSequence(), count, transformer.cos[:count, None].float(), transformer.sin[:count, None].float(), None
-    )
+    cos, sin = (table[:count, None].float() for table in (transformer.cos, transformer.sin))
+    run = Pass(WholeSequence(), count, cos, sin, None, layer_ops(hidden))
     return head(transformer.embed(codes[:, :-1] + first_code).float(), hidden[:, :-1], run)
 
 

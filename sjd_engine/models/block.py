@@ -8,14 +8,16 @@ tokens of a pass stand at the end of their sequence and see everything before th
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sjd_engine import ops
 from sjd_engine.kv_cache import PAGE_SIZE, PagedKVCache
 from sjd_engine.models.linear import linear
-from sjd_engine.models.rope import rope_table, rotate
+from sjd_engine.models.rope import rope_table
 
 QK_NORM_EPS = 1e-5  # Chameleon's LayerNorm over the head dimension has it hard-coded
 
@@ -73,6 +75,7 @@ class Pass:
     """What every layer of one forward pass shares.
 
     span: tokens the longest sequence may hold after it. cos, sin: [S, N, 1, D]. window_bias: see `Transformer.forward`.
+    layers: what runs between the products, see `ops.layer_ops`.
     """
 
     kv_cache: PagedKVCache
@@ -80,6 +83,7 @@ class Pass:
     cos: Tensor
     sin: Tensor
     window_bias: Tensor | None
+    layers: ModuleType
 
 
 class Block(nn.Module):
@@ -102,25 +106,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """x: [S, N, hidden] -> the same."""
-        config = self.config
-        if config.norm_style == "swin":
-            x = x + self._norm(self._attention(x, run), self.norm1)
-            return x + self._norm(self._mlp(x), self.norm2)
-        x = x + self._attention(self._norm(x, self.norm1), run)
-        return x + self._mlp(self._norm(x, self.norm2))
+        layers, eps = run.layers, self.config.norm_eps
+        if self.config.norm_style == "swin":
+            x = x + layers.rms_norm(self._attention(x, run), self.norm1, eps)
+            return x + layers.rms_norm(self._mlp(x, run), self.norm2, eps)
+        attended = self._attention(layers.rms_norm(x, self.norm1, eps), run)
+        x, normalised = layers.add_rms_norm(x, attended, self.norm2, eps)
+        return x + self._mlp(normalised, run)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self.w_gate_up).chunk(2, -1)
-        return linear(F.silu(gate) * up, self.w_down)
+    def _mlp(self, x: Tensor, run: Pass) -> Tensor:
+        return linear(run.layers.silu_mul(linear(x, self.w_gate_up)), self.w_down)
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         config = self.config
         qkv = linear(x, self.wqkv, self.bqkv).unflatten(-1, (-1, config.head_dim))
         qk, values = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), 2)
-        rotated = rotate(self._normalise_heads(qk) if config.qk_norm else qk, run.cos, run.sin)
+        rotated = run.layers.rotate(self._normalise_heads(qk) if config.qk_norm else qk, run.cos, run.sin)
         queries, keys = rotated.split((config.num_heads, config.num_kv_heads), 2)
         if config.head_dim != config.unpadded_head_dim:  # attention divides by the root of the padded size
             queries = queries * (config.head_dim / config.unpadded_head_dim) ** 0.5
@@ -229,7 +230,8 @@ class Transformer(nn.Module):
         if offsets is not None:
             positions = positions[:, :1] + offsets
         table_rows = positions.clamp_max(len(self.cos) - 1)  # only slots past the image's end are clamped
-        run = Pass(kv_cache, span, self.cos[table_rows][:, :, None], self.sin[table_rows][:, :, None], window_bias)
+        cos, sin = (table[table_rows][:, :, None] for table in (self.cos, self.sin))
+        run = Pass(kv_cache, span, cos, sin, window_bias, ops.layer_ops(x))
         for block in self.blocks:
             x = block(x, run)
         return x
@@ -241,7 +243,7 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> [..., V] float32 logits of the image rows."""
-        hidden = F.rms_norm(hidden, self.norm.shape, self.norm, self.config.norm_eps).float()
+        hidden = ops.layer_ops(hidden).rms_norm(hidden, self.norm, self.config.norm_eps).float()
         if self.head_in is not None:
             hidden = F.gelu(linear(hidden, self.head_in, self.head_in_bias))
         return linear(hidden, self.head, self.head_bias)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sjd_engine.models.block import Block, BlockConfig, Pass, Transformer
@@ -45,7 +44,7 @@ class DraftHead(nn.Module):
             hidden: [S, N, hidden] of the slots, the transformer's or guessed, before the final norm.
         Returns: [S, N, hidden], guesses for the next slots, before the final norm.
         """
-        hidden = F.rms_norm(hidden, self.norm.shape, self.norm, self.config.norm_eps)
+        hidden = run.layers.rms_norm(hidden, self.norm, self.config.norm_eps)
         return self.block(linear(torch.cat((embeddings, hidden), -1), self.w_in), run)
 
 

@@ -42,8 +42,3 @@ def table(angles: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin) of angles [P, head_dim / 2]."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [S, N, H, D] rotated by its positions' table rows, cos and sin [S, N, 1, D]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention_cpu.h"
+#include "layers_cpu.h"
 #include "page_allocator.h"
 #include "paged_kv.h"
 #include "verify_cpu.h"
@@ -330,6 +331,51 @@ void attend() {
   }
 }
 
+// ----------------------------------------------------------------------------------------------------------- layers
+
+// What stands between products, in place and not, against double sums.
+void layers() {
+  const DType dtype = pick({DType::kFloat32, DType::kBFloat16});
+  const int64_t rows = integer(1, 5), width = 2 * integer(1, 20), size = dtype == DType::kFloat32 ? 4 : 2;
+  const double tolerance = dtype == DType::kFloat32 ? 1e-5 : 2e-2;
+  const auto x = normals(rows * width, dtype), y = normals(rows * width, dtype), weight = normals(width, dtype);
+  const auto near = [&](const std::vector<char>& got, int64_t i, double expected, const char* what) {
+    require(std::abs(value_at(got.data(), dtype, i) - expected) <= tolerance * (1 + std::abs(expected)), what);
+  };
+  std::vector<char> sum(x.size()), out(x.size());
+  add_rms_norm_cpu({x.data(), y.data(), weight.data(), sum.data(), out.data(), dtype, rows, width, 1e-6f}, 2);
+  for (int64_t row = 0; row < rows; ++row) {
+    double squares = 0;
+    for (int64_t i = row * width; i < (row + 1) * width; ++i) {
+      near(sum, i, static_cast<double>(value_at(x.data(), dtype, i)) + value_at(y.data(), dtype, i), "a sum");
+      squares += std::pow(value_at(sum.data(), dtype, i), 2);
+    }
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(width) + 1e-6);
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t at = row * width + i;
+      near(out, at, value_at(sum.data(), dtype, at) * scale * value_at(weight.data(), dtype, i), "add_rms_norm");
+    }
+  }
+
+  auto heads = x;  // one head a token
+  rotate_cpu({heads.data(), rows * width, width, y.data(), sum.data(), dtype, 1, rows, 1, width}, 2);
+  for (int64_t i = 0; i < rows * width; ++i) {
+    const int64_t other = i % width < width / 2 ? i + width / 2 : i - width / 2;
+    near(heads, i,
+         static_cast<double>(value_at(x.data(), dtype, i)) * value_at(y.data(), dtype, i) +
+             static_cast<double>(value_at(x.data(), dtype, other)) * value_at(sum.data(), dtype, i),
+         "rotate");
+  }
+
+  std::vector<char> product(rows * width / 2 * size);
+  silu_mul_cpu({x.data(), product.data(), dtype, rows, width / 2}, 2);
+  for (int64_t i = 0; i < rows * width / 2; ++i) {
+    const int64_t at = i / (width / 2) * width + i % (width / 2);
+    const double gate = value_at(x.data(), dtype, at);
+    near(product, i, gate / (1 + std::exp(-gate)) * value_at(x.data(), dtype, at + width / 2), "silu_mul");
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------------- verify
 
 // Whole images under random laws, with and without a tree: every pass commits a token at least, and only tokens of the
@@ -419,5 +465,6 @@ int main() {
   }
   for (int i = 0; i < 500; ++i) move_pages();
   for (int i = 0; i < 200; ++i) attend();
+  for (int i = 0; i < 200; ++i) layers();
   for (int i = 0; i < 200; ++i) verify();
 }
