@@ -7,8 +7,8 @@ Each pass takes W tokens of a pair of sequences behind half an image. The ways t
 
     plain     kernels/layers.py between the products, plain PyTorch
     fused     csrc/layers_cpu.cpp between the products
-    compiled  torch.compile of the plain pass, with --compile, its matrices not in oneDNN's blocks, which it cannot
-              trace; the seconds of its first pass beside it
+    compiled  torch.compile of the plain pass, with --compile, its matrices as the checkpoint has them; the
+              seconds of its first pass beside it
 
 Columns of a pass: the median and the fastest of its milliseconds. Of an image: median seconds, the prompt's pass
 included. Columns of an operator, of fused passes under
@@ -107,11 +107,13 @@ def operators(run: Pass, cache: PagedKVCache, count: int, passes: int = 20) -> T
     recorded = SimpleNamespace(**{name: named(name, getattr(native, name)) for name in LAYERS})
     for name in ("append", "attend"):
         setattr(cache, name, named(name, getattr(cache, name)))
+    linear, ops.linear = ops.linear, named("linear", ops.linear)
     with running(recorded):
         run()
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             for _ in range(passes):
                 run()
+    ops.linear = linear
     del cache.append, cache.attend
     rows = sorted(trace.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)

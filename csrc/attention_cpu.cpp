@@ -8,156 +8,20 @@
 
 #include "arithmetic.h"
 #include "clones.h"
+#include "products.h"
 #include "thread_pool.h"
-
-#if defined(SJD_HAS_CLONES)
-#include <immintrin.h>
-#endif
 
 namespace sjd {
 namespace {
 
-constexpr int kKeys = 64;   // keys that are scored together
-constexpr int kRows = 64;   // most query rows of a task
-constexpr int kLanes = 16;  // 32-bit units that are moved as one vector
+constexpr int kKeys = 64;  // keys that are scored together
+constexpr int kRows = 64;  // most query rows of a task
 constexpr float kNegativeInfinity = -INFINITY;
 
 // Fewer products than this are summed before a second thread has begun.
 constexpr int64_t kProductsForThreads = 1 << 18;
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// ------------------------------------------------------------------------------------------------ matrix products
-
-// c[rows, cols] (+)= a[rows, steps] b[steps, cols]. Units of a and b are float32, or pairs of bfloat16 whose products
-// are summed. `cols` is a multiple of kLanes, c has `ldc` floats a row. A sum does not depend on what is summed beside
-// it.
-using Multiply = void (*)(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                          int rows, int cols, int steps, bool add);
-
-#define SJD_MULTIPLY_ARGUMENTS                                                                               \
-  const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int rows, int cols, \
-      int steps, bool add
-
-using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=fast")  // no decision depends on these sums, and fused they take half the time
-
-struct Float32Products {
-  template <int R, int C>
-  static SJD_INLINE void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                              int steps, bool add) {
-    const float *left = reinterpret_cast<const float*>(a), *right = reinterpret_cast<const float*>(b);
-    Vector sums[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) {
-        sums[r][j] = add ? *reinterpret_cast<const Vector*>(c + r * ldc + j * kLanes) : Vector{};
-      }
-    }
-    for (int k = 0; k < steps; ++k) {
-      Vector column[C];
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) column[j] = *reinterpret_cast<const Vector*>(right + k * ldb + j * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) sums[r][j] += left[r * lda + k] * column[j];
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) *reinterpret_cast<Vector*>(c + r * ldc + j * kLanes) = sums[r][j];
-    }
-  }
-};
-
-// C vectors of columns: R rows at a time, what is left by halves.
-template <class Products, int R, int C>
-SJD_INLINE void multiply_columns(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
-                                 int rows, int steps, bool add) {
-  for (; rows >= R; rows -= R, a += R * lda, c += R * ldc)
-    Products::template tile<R, C>(a, lda, b, ldb, c, ldc, steps, add);
-  if constexpr (R > 1) multiply_columns<Products, R / 2, C>(a, lda, b, ldb, c, ldc, rows, steps, add);
-}
-
-template <class Products, int R, int C>
-SJD_INLINE void multiply_tiles(SJD_MULTIPLY_ARGUMENTS) {
-  int j = 0;
-  for (; j + C * kLanes <= cols; j += C * kLanes) {
-    multiply_columns<Products, R, C>(a, lda, b + j, ldb, c + j, ldc, rows, steps, add);
-  }
-  if (j < cols) multiply_columns<Products, R, 1>(a, lda, b + j, ldb, c + j, ldc, rows, steps, add);
-}
-
-void multiply_any(SJD_MULTIPLY_ARGUMENTS) {
-  multiply_tiles<Float32Products, 2, 1>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
-}
-
-#if defined(SJD_HAS_CLONES)
-__attribute__((target("arch=x86-64-v3"))) void multiply_v3(SJD_MULTIPLY_ARGUMENTS) {
-  multiply_tiles<Float32Products, 4, 1>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
-}
-
-__attribute__((target("arch=x86-64-v4"))) void multiply_v4(SJD_MULTIPLY_ARGUMENTS) {
-  multiply_tiles<Float32Products, 8, 2>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
-}
-
-struct BFloat16Products {
-  template <int R, int C>
-  __attribute__((target("arch=x86-64-v4,avx512bf16"))) static void tile(const uint32_t* a, int64_t lda,
-                                                                        const uint32_t* b, int64_t ldb, float* c,
-                                                                        int64_t ldc, int steps, bool add) {
-    __m512 sums[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) sums[r][j] = add ? _mm512_loadu_ps(c + r * ldc + j * kLanes) : _mm512_setzero_ps();
-    }
-    for (int k = 0; k < steps; ++k) {
-      __m512bh column[C];
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) column[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + j * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const auto pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * lda + k]));
-#pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], pair, column[j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) _mm512_storeu_ps(c + r * ldc + j * kLanes, sums[r][j]);
-    }
-  }
-};
-
-void multiply_bfloat16(SJD_MULTIPLY_ARGUMENTS) {
-  multiply_tiles<BFloat16Products, 8, 2>(a, lda, b, ldb, c, ldc, rows, cols, steps, add);
-}
-#endif
-
-#pragma GCC pop_options
-
-Multiply multiply_float32() {
-#if defined(SJD_HAS_CLONES)
-  if (__builtin_cpu_supports("x86-64-v4")) return multiply_v4;
-  if (__builtin_cpu_supports("x86-64-v3")) return multiply_v3;
-#endif
-  return multiply_any;
-}
-
-bool has_bfloat16_products() {
-#if defined(SJD_HAS_CLONES)
-  return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
 
 // ------------------------------------------------------------------------------------------------------- packing
 
@@ -297,17 +161,12 @@ class Task {
         num_rows_(static_cast<int>(std::min<int64_t>(kRows, group_ * params.num_new - first_row))),
         head_dim_(static_cast<int>(params.head_dim)),
         size_(params.dtype == DType::kFloat32 ? 4 : 2),
-        in_pairs_(params.dtype == DType::kBFloat16 && head_dim_ % (2 * kLanes) == 0 && has_bfloat16_products()),
+        in_pairs_(params.dtype == DType::kBFloat16 && head_dim_ % (2 * kLanes) == 0 && multiply_bfloat16() != nullptr),
         depth_(in_pairs_ ? head_dim_ / 2 : round_up(head_dim_, kLanes)),
         cols_(round_up(head_dim_, kLanes)),
         scratch_(Scratch::of_this_thread(depth_, cols_)),
-        context_(params.context_lens[s]) {
-#if defined(SJD_HAS_CLONES)
-    multiply_ = in_pairs_ ? multiply_bfloat16 : multiply_float32();
-#else
-    multiply_ = multiply_float32();
-#endif
-  }
+        context_(params.context_lens[s]),
+        multiply_(in_pairs_ ? multiply_bfloat16() : multiply_float32()) {}
 
   void run() {
     std::fill_n(peak_, kRows, kNegativeInfinity);
@@ -425,14 +284,14 @@ class Task {
   const int depth_, cols_;  // units of a packed query, floats of a packed value
   Scratch& scratch_;
   const int64_t context_;
-  Multiply multiply_;
+  const Multiply multiply_;
   int32_t exists_[kKeys];  // of the keys that are packed: -1, or 0 where there is no page
   float peak_[kRows], sums_[kRows][kLanes];
 };
 
 }  // namespace
 
-const char* bfloat16_isa() { return has_bfloat16_products() ? "avx512_bf16" : "float32"; }
+const char* bfloat16_isa() { return multiply_bfloat16() != nullptr ? "avx512_bf16" : "float32"; }
 
 void attend_cpu(const WindowAttention& params, int num_threads) {
   const int64_t rows = params.num_heads / params.num_kv_heads * params.num_new, tiles = (rows + kRows - 1) / kRows;

@@ -12,6 +12,7 @@
 #include "check.h"
 #include "device_info.h"
 #include "layers_cpu.h"
+#include "linear_cpu.h"
 #include "page_allocator.h"
 #include "paged_kv.h"
 #include "verify_cpu.h"
@@ -363,6 +364,28 @@ void silu_mul(uintptr_t gate_up, uintptr_t out, const std::string& dtype, int64_
   silu_mul_cpu(op, num_threads);
 }
 
+// By position: a pass makes one call for each matrix.
+void linear(uintptr_t x, uintptr_t panels, uintptr_t bias, uintptr_t out, const std::string& dtype, int64_t rows,
+            int64_t depth, int64_t cols, int num_threads) {
+  constexpr const char* kOp = "linear";
+  check_range(kOp, "rows", rows, 0, INT32_MAX);
+  check_range(kOp, "depth", depth, 1, INT32_MAX);
+  check_range(kOp, "cols", cols, 1, INT32_MAX);
+  check_range(kOp, "num_threads", num_threads, 1, INT32_MAX);
+  const Linear op{optional<void>(x),
+                  required<void>(kOp, "panels", panels),
+                  optional<void>(bias),
+                  reinterpret_cast<void*>(out),
+                  dtype_of(kOp, dtype),
+                  rows,
+                  depth,
+                  cols};
+  check(op.dtype == DType::kFloat32 || (op.dtype == DType::kBFloat16 && multiplies_panels()), kOp, "dtype",
+        "float32, or bfloat16 on a CPU that multiplies it in vectors", "'" + dtype + "'");
+  py::gil_scoped_release release;
+  linear_cpu(op, num_threads);
+}
+
 // ----------------------------------------------------------------------------------------------------------- module
 
 // "sm_80 sm_90 compute_90" as a tuple.
@@ -466,6 +489,9 @@ void define_layers(py::module_& m) {
         "Rotate heads [S, N, H, D] in place. Strides in elements.");
   m.def("silu_mul", &silu_mul, py::kw_only(), arg("gate_up"), arg("out"), arg("dtype"), arg("rows"), arg("width"),
         arg("num_threads"), "silu(gate) * up.");
+  m.def("multiplies_panels", &multiplies_panels, "Whether `linear` is the fastest product of bfloat16 on this CPU.");
+  m.def("linear", &linear, arg("x"), arg("panels"), arg("bias"), arg("out"), arg("dtype"), arg("rows"), arg("depth"),
+        arg("cols"), arg("num_threads"), "x W^T + bias with a matrix in panels.");
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from sjd_engine.kernels import layers
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 
 _C: Any = None
@@ -432,6 +433,39 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         rows=out.numel() // width,
         width=width,
         num_threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def multiplies_panels() -> bool:
+    """Whether `linear` is the fastest product of bfloat16 on this CPU: it multiplies it in vectors, not in tiles."""
+    return _module().multiplies_panels()
+
+
+def linear(x: Tensor, panels: Tensor, num_outputs: int, bias: Tensor | None = None) -> Tensor:
+    """`layers.linear`, its sums in the order of the inputs: a row does not depend on the rows beside it."""
+    depth, dtype = x.shape[-1], x.dtype
+    if not x.is_contiguous():
+        x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], num_outputs)
+    if dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
+        raise ValueError(f"linear: x must be float32 or bfloat16 on a CPU, got {dtype} on {x.device}")
+    steps = -(-depth * dtype.itemsize // 4)
+    shape = (-(-num_outputs // layers.PANEL), steps, layers.PANEL, 4 // dtype.itemsize)
+    if panels.shape != shape:
+        raise ValueError(f"linear: panels must be {list(shape)}, got {list(panels.shape)}; see `layers.to_panels`")
+    if bias is not None and bias.shape != (num_outputs,):
+        raise ValueError(f"linear: bias must be [{num_outputs}], got {list(bias.shape)}")
+    _module().linear(
+        x.data_ptr(),
+        _checked("linear", "panels", panels, dtype, x.device),
+        0 if bias is None else _checked("linear", "bias", bias, dtype, x.device),
+        out.data_ptr(),
+        DTYPES[dtype],
+        x.numel() // depth,
+        depth,
+        num_outputs,
+        torch.get_num_threads(),
     )
     return out
 

@@ -7,8 +7,8 @@
 
 They decide alike, bit for bit. The ops of the paged cache run in the compiled module or in plain PyTorch, and attention
 over its pages where attention.py says. For graphs that are traced they are `torch.ops.sjd.verify`, `append_kv` and
-`window_attention`. What stands between the products of a block is fused in the compiled module on a CPU, and is plain
-PyTorch elsewhere.
+`window_attention`. Products with matrices in panels, and what stands between the products of a block, are fused in the
+compiled module on a CPU, and plain PyTorch elsewhere.
 """
 
 import functools
@@ -24,6 +24,7 @@ from torch import Tensor
 from sjd_engine import attention, kernels, native
 from sjd_engine.kernels import layers, paged, reference
 from sjd_engine.kernels.acceptance import Acceptance, acceptance
+from sjd_engine.kernels.layers import to_panels
 from sjd_engine.kernels.reference import combine, law_weights, redraft, start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 from sjd_engine.kernels.tree import MOST_CANDIDATES, Tree
@@ -46,9 +47,12 @@ __all__ = [
     "kv_ops",
     "law_weights",
     "layer_ops",
+    "linear",
+    "multiplies_panels",
     "reads_previous_logits",
     "redraft",
     "start",
+    "to_panels",
     "verify",
     "warp",
     "zip_verify",
@@ -197,6 +201,17 @@ def layer_ops(x: Tensor) -> ModuleType:
         and not page_obstacle(x.device)
     )
     return native if fused else layers
+
+
+def linear(x: Tensor, panels: Tensor, num_outputs: int, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.layers.linear`."""
+    runs = layers if torch.compiler.is_compiling() or page_obstacle(x.device) else native
+    return runs.linear(x, panels, num_outputs, bias)
+
+
+def multiplies_panels() -> bool:
+    """Matrices in panels are what this CPU multiplies bfloat16 with fastest, and the compiled module does it."""
+    return not page_obstacle(torch.device("cpu")) and native.multiplies_panels()
 
 
 # ---------------------------------------------------------------------------------------------------- torch.ops.sjd

@@ -1,12 +1,17 @@
-"""Matrices in the layout of oneDNN's bfloat16 products.
+"""Matrices of a bfloat16 model in the layout of a CPU's products, for the few rows of a window.
 
-A product with a plain matrix brings it into blocks first, in every pass. Stored in blocks it takes about two thirds of
-the time for the few rows of a window, and no more memory.
+    panels  csrc/linear_cpu.cpp, where the CPU multiplies bfloat16 in vectors: a row of a product is the same bit for
+            bit beside any others, so that a batch gives the images that its prompts give alone
+    blocks  oneDNN, where it multiplies bfloat16 in tiles, or the compiled module is missing
+
+A product with a plain matrix would bring it into blocks first, in every pass. Either takes no more memory, but for what
+fills the last panel.
 """
 
 import torch
 from torch import Tensor
 
+from sjd_engine import ops
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.draft_head import DraftHead
 from sjd_engine.models.linear import Matrix, replace_matrices
@@ -14,8 +19,23 @@ from sjd_engine.models.linear import Matrix, replace_matrices
 ROWS = 32  # of the products that the blocks are chosen for; other numbers are served as well
 
 
+class PanelMatrix(Matrix):
+    """A weight in panels, on a CPU."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self._panels = ops.to_panels(weight)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.linear(x, self._panels, len(self), bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self._panels.nbytes
+
+
 class PackedMatrix(Matrix):
-    """A weight in blocks, on a CPU."""
+    """A weight in oneDNN's blocks, on a CPU."""
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
@@ -35,7 +55,11 @@ def computes_bfloat16() -> bool:
 
 
 def pack(module: Transformer | DraftHead) -> None:
-    """Store the matrices of a bfloat16 module on a CPU in blocks, in place; leave any other alone. Its products then
-    sum in another order."""
-    if module.norm.device.type == "cpu" and module.norm.dtype == torch.bfloat16 and computes_bfloat16():
+    """Store the matrices of a bfloat16 module on a CPU in panels or blocks, in place; leave any other alone. Its
+    products then sum in another order."""
+    if module.norm.device.type != "cpu" or module.norm.dtype != torch.bfloat16:
+        return
+    if ops.multiplies_panels():
+        replace_matrices(module, PanelMatrix)
+    elif computes_bfloat16():
         replace_matrices(module, PackedMatrix)

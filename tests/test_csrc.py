@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-COMPILED = ("attention_cpu", "layers_cpu", "page_allocator", "paged_kv_cpu", "rows", "verify_cpu")
+COMPILED = (
+    "attention_cpu",
+    "layers_cpu",
+    "linear_cpu",
+    "page_allocator",
+    "paged_kv_cpu",
+    "products",
+    "rows",
+    "verify_cpu",
+)
 SOURCES = [CSRC / f"{name}.cpp" for name in COMPILED]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -64,8 +73,16 @@ class TestSanitized:
             ("paged_kv.h", "context_lens[s] + num_new ?", "span ?", "paged_kv_cpu.cpp", "differs: gather_kv"),
             ("page_allocator.cpp", "if (num_tokens % page_size_) result", "if (false) result", None, "differs: what a"),
             ("attention_cpu.cpp", "-static_cast<int32_t>(rows[j] != nullptr)", "-1", None, "differs: window_attention"),
+            ("linear_cpu.cpp", "std::min(kPanel, op.cols - begin)", "kPanel", None, "heap-buffer-overflow"),
         ],
-        ids=["one-past-a-row", "one-past-a-table", "stale-tokens", "a-fork-without-copies", "tokens-without-a-page"],
+        ids=[
+            "one-past-a-row",
+            "one-past-a-table",
+            "stale-tokens",
+            "a-fork-without-copies",
+            "tokens-without-a-page",
+            "one-past-a-panel",
+        ],
     )
     def test_a_broken_op_is_found(self, objects, tmp_path, broken, right, wrong, compiles, found):
         """Negative controls."""

@@ -1,13 +1,13 @@
-"""Matrices in 8 bits, and in blocks: what they cost in accuracy, and what they take."""
+"""Matrices in 8 bits, in panels and in blocks: what they cost in accuracy, and what they take."""
 
 import pytest
 import torch
 
-from sjd_engine import Engine
+from sjd_engine import Engine, ops
 from sjd_engine.loading import load
 from sjd_engine.models.block import Transformer
-from sjd_engine.models.linear import linear, nbytes
-from sjd_engine.pack import PackedMatrix, computes_bfloat16
+from sjd_engine.models.linear import Matrix, linear, nbytes
+from sjd_engine.pack import PackedMatrix, PanelMatrix, computes_bfloat16
 from sjd_engine.quantize import Int8Matrix
 
 BFLOAT16 = pytest.mark.skipif(not computes_bfloat16(), reason="oneDNN does not multiply bfloat16 on this CPU")
@@ -70,7 +70,8 @@ class TestEngine:
             assert all(isinstance(m, Int8Matrix) for m in (block.wqkv, block.wo, block.w_gate_up, block.w_down))
         assert isinstance(int8.head, Int8Matrix)
         saved = sum(m.shape.numel() * m.dtype.itemsize - m.nbytes for m in int8.modules() if isinstance(m, Int8Matrix))
-        assert nbytes(plain) - nbytes(int8) == saved
+        filling = sum(m.nbytes - m.shape.numel() * m.dtype.itemsize for m in plain.modules() if isinstance(m, Matrix))
+        assert nbytes(plain) - filling - nbytes(int8) == saved
         for matrix in (m for block in int8.blocks for m in block.modules() if isinstance(m, Int8Matrix)):
             assert matrix.nbytes < 0.51 * matrix.shape.numel() * 2
 
@@ -103,10 +104,19 @@ class TestPackedMatrix:
         assert (got - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
     def test_a_bfloat16_model_is_packed(self, exact):
+        """In panels or blocks."""
+        packed, form = transformer(dtype=torch.bfloat16), PanelMatrix if ops.multiplies_panels() else PackedMatrix
+        assert isinstance(packed.head, form)
+        assert isinstance(packed.blocks[-1].w_down, form)
+        assert (logits(packed) - exact).abs().mean() <= 0.02 * exact.std()
+
+    def test_in_blocks_where_the_compiled_module_may_not_run(self, exact, monkeypatch):
+        monkeypatch.setenv("SJD_BACKEND", "reference")
         packed = transformer(dtype=torch.bfloat16)
         assert isinstance(packed.head, PackedMatrix)
-        assert isinstance(packed.blocks[-1].w_down, PackedMatrix)
         assert (logits(packed) - exact).abs().mean() <= 0.02 * exact.std()
 
     def test_a_float32_model_keeps_its_order_of_sums(self):
-        assert not any(isinstance(part, PackedMatrix) for part in transformer(dtype=torch.float32).modules())
+        assert not any(
+            isinstance(part, PackedMatrix | PanelMatrix) for part in transformer(dtype=torch.float32).modules()
+        )

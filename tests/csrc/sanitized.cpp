@@ -14,6 +14,7 @@
 
 #include "attention_cpu.h"
 #include "layers_cpu.h"
+#include "linear_cpu.h"
 #include "page_allocator.h"
 #include "paged_kv.h"
 #include "verify_cpu.h"
@@ -376,6 +377,35 @@ void layers() {
   }
 }
 
+// A product with a matrix in panels, with and without bias, against double sums.
+void linear() {
+  const DType dtype = multiplies_panels() ? pick({DType::kFloat32, DType::kBFloat16}) : DType::kFloat32;
+  const int64_t rows = integer(0, 8), depth = integer(1, 40), cols = integer(1, 150);
+  const int64_t together = dtype == DType::kFloat32 ? 1 : 2, steps = (depth + together - 1) / together;
+  const int64_t size = 4 / together;
+  const double tolerance = dtype == DType::kFloat32 ? 1e-5 : 2e-2;
+  const auto x = normals(rows * depth, dtype), weight = normals(cols * depth, dtype), bias = normals(cols, dtype);
+  std::vector<char> panels((cols + kPanel - 1) / kPanel * steps * kPanel * 4), out(rows * cols * size);
+  for (int64_t col = 0; col < cols; ++col) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t unit = (col / kPanel * steps + k / together) * kPanel + col % kPanel;
+      std::memcpy(panels.data() + unit * 4 + k % together * size, weight.data() + (col * depth + k) * size, size);
+    }
+  }
+  const bool biased = integer(0, 1);
+  linear_cpu({x.data(), panels.data(), biased ? bias.data() : nullptr, out.data(), dtype, rows, depth, cols}, 2);
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    double sum = biased ? value_at(bias.data(), dtype, i % cols) : 0.0, scale = 1.0;
+    for (int64_t k = 0; k < depth; ++k) {
+      const double product = static_cast<double>(value_at(x.data(), dtype, i / cols * depth + k)) *
+                             value_at(weight.data(), dtype, i % cols * depth + k);
+      sum += product;
+      scale += std::abs(product);
+    }
+    require(std::abs(value_at(out.data(), dtype, i) - sum) <= tolerance * scale, "linear");
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------------- verify
 
 // Whole images under random laws, with and without a tree: every pass commits a token at least, and only tokens of the
@@ -466,5 +496,6 @@ int main() {
   for (int i = 0; i < 500; ++i) move_pages();
   for (int i = 0; i < 200; ++i) attend();
   for (int i = 0; i < 200; ++i) layers();
+  for (int i = 0; i < 200; ++i) linear();
   for (int i = 0; i < 200; ++i) verify();
 }
