@@ -30,18 +30,19 @@ using Names = std::initializer_list<std::pair<const char*, T>>;
 // The value called `name`.
 template <class T>
 T named(const char* op, const char* argument, const std::string& name, Names<T> known) {
-  std::string expected = "one of";
   for (const auto& [key, value] : known) {
     if (name == key) return value;
-    expected += std::string(expected.back() == 'f' ? " " : ", ") + key;
   }
+  std::string expected = "one of";
+  for (const auto& [key, value] : known) expected += std::string(expected.back() == 'f' ? " " : ", ") + key;
   check(false, op, argument, expected, "'" + name + "'");
   return known.begin()->second;
 }
 
 void check_range(const char* op, const char* argument, int64_t value, int64_t least, int64_t most,
                  const char* remedy = "") {
-  check(least <= value && value <= most, op, argument, "in " + text(least) + ".." + text(most), text(value), remedy);
+  if (least <= value && value <= most) return;  // no text is written for it
+  check(false, op, argument, "in " + text(least) + ".." + text(most), text(value), remedy);
 }
 
 template <class T>
@@ -380,8 +381,9 @@ void linear(uintptr_t x, uintptr_t panels, uintptr_t bias, uintptr_t out, const 
                   rows,
                   depth,
                   cols};
-  check(op.dtype == DType::kFloat32 || (op.dtype == DType::kBFloat16 && multiplies_panels()), kOp, "dtype",
-        "float32, or bfloat16 on a CPU that multiplies it in vectors", "'" + dtype + "'");
+  if (op.dtype != DType::kFloat32 && (op.dtype != DType::kBFloat16 || !multiplies_panels())) {
+    check(false, kOp, "dtype", "float32, or bfloat16 on a CPU that multiplies it in vectors", "'" + dtype + "'");
+  }
   py::gil_scoped_release release;
   linear_cpu(op, num_threads);
 }
