@@ -14,7 +14,8 @@ def test_another_acceptance_draws_complete_images_in_about_as_many_passes_as_sjd
     assert out.token_ids.min() >= 0
     assert out.token_ids.max() < engine_bf16.model.num_codes
     assert all(sum(stats.committed_per_pass) == 256 for stats in out.stats)
-    assert sum(stats.nfe for stats in out.stats) < 1.15 * sum(stats.nfe for stats in sjd.stats)  # images differ
+    most = 1.15 if method == "sjd-block" else 1.0  # it saves less than images differ by
+    assert sum(stats.nfe for stats in out.stats) < most * sum(stats.nfe for stats in sjd.stats)
     assert all(stats.zero_draft_prob == 0 for stats in out.stats)
 
 
