@@ -172,9 +172,9 @@ def run_attention(case: AttentionCase) -> None:
 
 
 def run_attention_with_wild_page() -> None:
-    """A table that names a page more than there are."""
+    """A table that names a page far behind those there are, where no other argument lies."""
     arguments = WINDOW.arguments()
-    arguments["block_table"][1, 2] = len(arguments["pages"])
+    arguments["block_table"][1, 2] = len(arguments["pages"]) + (1 << 20)
     window_attention(**arguments)
 
 

@@ -23,8 +23,7 @@ WILD = {
     "canary-atomic": "atomic: 1 of 1 addresses are no element of an argument; the first lies 4 bytes from ticket",
     "short-num_committed": "load: 1 of 1 addresses are no element of an argument",
     "short-published": "from published_ptr",
-    # A wild page may happen to lie where another argument does.
-    "attention-wild-page": "of 384 addresses are no element of an argument",
+    "attention-wild-page": "load: 384 of 384 addresses are no element of an argument",
     "short-ticket": "atomic: 1 of 1 addresses are no element of an argument",
 }
 
