@@ -10,6 +10,7 @@
 
 #include "attention_cpu.h"
 #include "check.h"
+#include "denoise_cpu.h"
 #include "device_info.h"
 #include "layers_cpu.h"
 #include "linear_cpu.h"
@@ -74,7 +75,7 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
             uintptr_t nonfinite_rows, uintptr_t zero_draft_prob, int64_t candidates, int64_t depth, uintptr_t siblings,
             uintptr_t num_accepted, uintptr_t accepted_slots, uintptr_t drafted, uintptr_t drafted_scale,
             uintptr_t forced_ids, uintptr_t row_start, uintptr_t above, uintptr_t seeds, uintptr_t guidance_scale,
-            uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t reuse_threshold,
+            uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t reuse_threshold, uintptr_t most_accepted,
             const std::string& accept, const std::string& refresh, const std::string& init, int num_threads) {
   constexpr int64_t kMost = INT32_MAX;
   check_range(kVerify, "batch_size", batch_size, 1, kMost);
@@ -123,6 +124,7 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
   p.top_k = optional<int64_t>(top_k);
   p.top_p = optional<float>(top_p);
   p.reuse_threshold = optional<float>(reuse_threshold);
+  p.most_accepted = optional<int64_t>(most_accepted);
   p.accept = named<Accept>(kVerify, "accept", accept, {{"ratio", Accept::kRatio}, {"match", Accept::kMatch}});
   p.refresh = named<Refresh>(kVerify, "refresh", refresh,
                              {{"fresh", Refresh::kFresh},
@@ -143,6 +145,50 @@ void verify(uintptr_t logits, const std::string& dtype, bool guided, const Strid
         "none", "pass a [B] float32 tensor");
   py::gil_scoped_release release;
   verify_cpu(p);
+}
+
+constexpr const char* kDenoise = "denoise_cpu";
+
+void denoise(const std::string& dtype, int64_t batch_size, int64_t num_slots, int64_t num_tokens, int64_t tokens_width,
+             int64_t vocab_size, int64_t hidden, uintptr_t levels, uintptr_t noisy, uintptr_t embeddings,
+             uintptr_t mean, uintptr_t std, uintptr_t inverse, uintptr_t encodings, uintptr_t keep, uintptr_t pull,
+             uintptr_t tokens, uintptr_t num_committed, uintptr_t lowered, uintptr_t inputs, uintptr_t out_levels,
+             int num_threads) {
+  constexpr int64_t kMost = INT32_MAX;
+  for (const auto& [name, value] : Names<int64_t>{{"batch_size", batch_size},
+                                                  {"num_slots", num_slots},
+                                                  {"num_tokens", num_tokens},
+                                                  {"vocab_size", vocab_size},
+                                                  {"hidden", hidden},
+                                                  {"num_threads", num_threads}}) {
+    check_range(kDenoise, name, value, 1, kMost);
+  }
+  check_range(kDenoise, "tokens_width", tokens_width, num_tokens + 1, kMost, "column t + 1 is position t");
+  DenoiseParams p;
+  p.dtype = dtype_of(kDenoise, dtype);
+  p.batch_size = batch_size;
+  p.num_slots = num_slots;
+  p.num_tokens = num_tokens;
+  p.tokens_width = tokens_width;
+  p.vocab_size = vocab_size;
+  p.hidden = hidden;
+  p.levels = required<int32_t>(kDenoise, "levels", levels);
+  p.noisy = required<float>(kDenoise, "noisy", noisy);
+  p.embeddings = required<void>(kDenoise, "embeddings", embeddings);
+  p.mean = required<float>(kDenoise, "mean", mean);
+  p.std = required<float>(kDenoise, "std", std);
+  p.inverse = required<float>(kDenoise, "inverse", inverse);
+  p.encodings = required<float>(kDenoise, "encodings", encodings);
+  p.keep = required<float>(kDenoise, "keep", keep);
+  p.pull = required<float>(kDenoise, "pull", pull);
+  p.tokens = required<int64_t>(kDenoise, "tokens", tokens);
+  p.num_committed = required<int64_t>(kDenoise, "num_committed", num_committed);
+  p.lowered = required<int64_t>(kDenoise, "lowered", lowered);
+  p.inputs = required<void>(kDenoise, "inputs", inputs);
+  p.out_levels = required<int32_t>(kDenoise, "out_levels", out_levels);
+  p.num_threads = num_threads;
+  py::gil_scoped_release release;
+  denoise_cpu(p);
 }
 
 // ------------------------------------------------------------------------------------------------------ paged cache
@@ -515,6 +561,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("bfloat16_isa", &sjd::bfloat16_isa, "What multiplies bfloat16 in attention on a CPU.");
   sjd::define_paged_cache(m);
   sjd::define_layers(m);
+  m.def("denoise_cpu", &sjd::denoise, py::kw_only(), arg("dtype"), arg("batch_size"), arg("num_slots"),
+        arg("num_tokens"), arg("tokens_width"), arg("vocab_size"), arg("hidden"), arg("levels"), arg("noisy"),
+        arg("embeddings"), arg("mean"), arg("std"), arg("inverse"), arg("encodings"), arg("keep"), arg("pull"),
+        arg("tokens"), arg("num_committed"), arg("lowered"), arg("inputs"), arg("out_levels"), arg("num_threads"),
+        "The denoise update of a window, see kernels/noise.denoise. Tensors are addresses.");
   m.def("verify_cpu", &sjd::verify, py::kw_only(), arg("logits"), arg("dtype"), arg("guided"), arg("strides"),
         arg("previous_logits"), arg("previous_strides"), arg("batch_size"), arg("window_size"), arg("next_window_size"),
         arg("max_window_size"), arg("vocab_size"), arg("num_tokens"), arg("tokens"), arg("num_committed"),
@@ -522,6 +573,7 @@ PYBIND11_MODULE(_C, m) {
         arg("zero_draft_prob"), arg("candidates"), arg("depth"), arg("siblings"), arg("num_accepted"),
         arg("accepted_slots"), arg("drafted"), arg("drafted_scale"), arg("forced_ids"), arg("row_start"), arg("above"),
         arg("seeds"), arg("guidance_scale"), arg("temperature"), arg("top_k"), arg("top_p"), arg("reuse_threshold"),
+        arg("most_accepted"),
         arg("accept"), arg("refresh"), arg("init"), arg("num_threads"),
         "One decoding pass, see kernels/reference.verify. Tensors are addresses, 0 where absent; strides are (pair, "
         "batch, row, vocab) in elements.");

@@ -248,6 +248,7 @@ class Pass {
     int64_t i = 0;
     while (accepts_candidate(b, i)) {
       const Row& row = this->row(b, i);
+      if (p_.most_accepted && row.node.level == p_.most_accepted[b]) break;
       const int64_t accepted = row.child == 1 ? row.draft : row.token;
       tokens(b)[p_.num_committed[b] + row.node.level] = row.forced >= 0 ? row.forced : accepted;
       const Node next = {row.node.level + 1, row.node.path * tree.candidates + row.child - 1};
@@ -284,8 +285,8 @@ class Pass {
     const bool last = i == last_rows_[b], refreshed = i < p_.window_size && i > p_.num_accepted[b];
     if (!row.sampled || row.has_token || !(last || refreshed)) return;
     const bool comparable = row.has_draft && !row.nonfinite;
-    if (last) {
-      row.token = recovered_token(b, i);
+    if (last) {  // a draft that passes stands behind the most that may be accepted
+      row.token = row.child == 1 ? row.draft : recovered_token(b, i);
     } else if (p_.refresh == Refresh::kMaximal) {
       row.token = comparable && row.passed ? row.draft : recovered_token(b, i);
     } else if (p_.refresh == Refresh::kFresh) {

@@ -47,6 +47,7 @@ struct VerifyParams {
   const int64_t* top_k;          // [B], or null
   const float* top_p;            // [B], or null
   const float* reuse_threshold;  // [B]; read by Refresh::kReuse alone
+  const int64_t* most_accepted;  // [B], or null
 
   Accept accept;
   Refresh refresh;

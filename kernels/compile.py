@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import launch
+from .noise import NoisePlan, NoiseState
 from .state import Grid, WindowState
 
 CUDA_TARGETS = {f"sm_{version}": version for version in (80, 86, 89, 90, 100, 120)}
@@ -143,13 +144,37 @@ class AttentionKernel:
         )
 
 
-Case = VerifyKernel | AttentionKernel
+@dataclass(frozen=True)
+class DenoiseKernel:
+    """One kernel of the matrix: `hidden` columns of an embedding of `dtype`."""
+
+    target: str
+    dtype: str
+    hidden: int
+    function = "_denoise_kernel"
+
+    def __str__(self) -> str:
+        return f"{self.target}-denoise-{self.dtype}-h{self.hidden}"
+
+    def launch(self) -> None:
+        """Call `denoise` on tensors whose values nobody reads."""
+        from .denoise import denoise
+
+        column, level = torch.empty(self.hidden), torch.empty(2)
+        embeddings = torch.empty(16, self.hidden, dtype=DTYPES[self.dtype])
+        plan = NoisePlan(embeddings, column, column, column, torch.empty(2, self.hidden), level, level)
+        state = NoiseState(torch.empty(2, 16, dtype=torch.int32), torch.empty(2, 16, self.hidden))
+        counts = torch.empty(2, dtype=torch.int64)
+        denoise(state, plan, torch.empty(2, 32, dtype=torch.int64), counts, counts, 4)
+
+
+Case = VerifyKernel | AttentionKernel | DenoiseKernel
 
 
 def matrix() -> list[Case]:
     """`verify`: every row of its table for every target in bfloat16; the default method in the other dtypes, too, where
     registers are scarce: they differ in the conversion of what is loaded. `window_attention`: what takes most registers
-    for every target, the rest where compilers differ most."""
+    for every target, the rest where compilers differ most. `denoise`: every target."""
     return [
         *(
             VerifyKernel(target, row.name, dtype, variant)
@@ -169,6 +194,8 @@ def matrix() -> list[Case]:
         AttentionKernel("sm_90", "rows-64", "bf16", 64, "causal"),
         AttentionKernel("sm_80", "rows-32", "fp32", 128, "tree"),
         AttentionKernel("sm_100", "rows-32", "fp32", 128, "causal"),
+        *(DenoiseKernel(target, "bf16", 4096) for target in TARGETS),
+        DenoiseKernel("sm_90", "fp32", 256),
     ]
 
 

@@ -73,6 +73,16 @@ def options(vocab_size: int, backend: str) -> dict[str, object]:
     return found | {"maxnreg": 255} if backend == "cuda" else found
 
 
+# ------------------------------------------------------------------------------------------------------------- denoise
+
+DENOISE_BLOCK = 1024  # 8 numbers of each of the tensors that a thread of 128 holds
+
+
+def denoise_block(hidden_size: int) -> int:
+    """Columns of an embedding that a program holds in registers at once."""
+    return min(DENOISE_BLOCK, 1 << (hidden_size - 1).bit_length())
+
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 # Keys of a program. 4096 tokens are 16 chunks, so that two sequences of 8 kv heads are 256 programs. A multiple of the

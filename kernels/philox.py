@@ -24,6 +24,7 @@ WINDOW = 0  # one block of four words for each (position, iteration): accept, fr
 GUMBEL = 1  # the fixed noise of a position (iteration 0), one block for four vocabulary entries
 TRY_SIBLINGS = 2  # one block: a word for the acceptance of each sibling of a tree, see tree.py
 DRAW_SIBLINGS = 3  # one block: a word for the draw of each sibling
+NOISE = 4  # the noise that a position begins with (iteration 0), one block for four numbers; see noise.py
 
 ACCEPT, FRESH, RESIDUAL, INIT = range(4)  # the words of a WINDOW block
 

@@ -165,6 +165,7 @@ def verify(
     reuse_threshold: Tensor | None = None,
     tree: tuple[int, int] | None = None,
     acceptance: Acceptance | None = None,
+    most_accepted: Tensor | None = None,
 ) -> VerifyResult:
     """Accept, recover, refresh and refill the window of every sequence, and move its state to the next pass.
 
@@ -189,6 +190,8 @@ def verify(
         reuse_threshold: [B] float32, tau of "reuse".
         tree: (K, D), see tree.py; W is then the length of the chain, at least D. For "ratio", and not with "reuse".
         acceptance: what takes the place of r q(d) < p(d) and its residual, for "ratio" and "fresh"; see acceptance.py.
+        most_accepted: [B] int64, drafts that may be accepted in this pass. The token behind them is drawn by maximal
+            coupling, so that it follows p whether or not its draft would have been accepted. Not with a tree.
     Returns: VerifyResult. A row without one finite logit rejects its draft, draws from the uniform law and is counted.
     Source: module docstring. Rules C1-C5 of exactness are kept by every combination but "reuse"; see acceptance.py for
         what may take the place of the test.
@@ -254,6 +257,9 @@ def verify(
 
     accepted = has_draft & ((passed & ~nonfinite) | (forced_ids >= 0))
     num_accepted = accepted[:, :window_size].cumprod(1).sum(1)
+    if most_accepted is not None:
+        num_accepted = num_accepted.minimum(most_accepted)
+        recovered = torch.where(accepted, drafts, recovered)
     last_row = num_accepted
     if trial is not None:
         child = torch.where(accepted, 1, trial.child.where(trial.child > 1, 0))
@@ -267,7 +273,7 @@ def verify(
     out = torch.where(forced_ids[:, chain] >= 0, forced_ids[:, chain], out)
     num_new = (num_accepted + 1).minimum(grid.num_tokens - state.num_committed)
     if accept == "ratio":
-        without_mass = (empty & has_draft & sampled & ~nonfinite).gather(1, last_row[:, None])
+        without_mass = (empty & has_draft & sampled & ~nonfinite & ~accepted).gather(1, last_row[:, None])
         state.zero_residual += without_mass.squeeze(1)
         state.zero_draft_prob += ((q_draft <= 0) & has_draft & sampled)[:, chain].sum(1)
     state.nonfinite_rows += (nonfinite & sampled)[:, chain].sum(1)

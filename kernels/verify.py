@@ -161,6 +161,7 @@ def _verify_kernel(
     top_k_ptr,  # [B] int64 or None
     top_p_ptr,
     reuse_threshold_ptr,
+    most_accepted_ptr,  # [B], or None
     stride_pair,
     stride_b,
     stride_w,
@@ -381,14 +382,17 @@ def _verify_kernel(
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr + sequence, 1, sem="acq_rel")
     if ticket == num_rows + num_extra_inside(left, CANDIDATES, DEPTH) - 1:
+        most_accepted = None
+        if most_accepted_ptr is not None:
+            most_accepted = tl.load(most_accepted_ptr + sequence).to(tl.int32)
         _finish_sequence(
             tokens_ptr, num_committed_ptr + sequence, iteration_ptr + sequence,
             commit_pass_ptr + sequence * (num_tokens + max_window_size), law_row_ptr + sequence * max_window_size,
             zero_residual_ptr + sequence, nonfinite_rows_ptr + sequence, zero_draft_prob_ptr + sequence,
             siblings_ptr, published_ptr, ticket_ptr + sequence, num_accepted_ptr + sequence,
-            committed_out_ptr + sequence, accepted_slots_ptr, forced_ids_ptr, row_start_ptr, above_ptr, seed, committed,
-            iteration, num_rows, window_size, next_window_size, vocab, num_tokens, CANDIDATES, DEPTH, INIT, STEPS,
-            WINDOW_BLOCK,
+            committed_out_ptr + sequence, accepted_slots_ptr, forced_ids_ptr, row_start_ptr, above_ptr, most_accepted,
+            seed, committed, iteration, num_rows, window_size, next_window_size, vocab, num_tokens, CANDIDATES, DEPTH,
+            INIT, STEPS, WINDOW_BLOCK,
         )  # fmt: skip
 
 
@@ -422,8 +426,8 @@ def _walk(
 def _finish_sequence(
     tokens_ptr, num_committed_ptr, iteration_ptr, commit_pass_ptr, law_row_ptr, zero_residual_ptr, nonfinite_rows_ptr,
     zero_draft_prob_ptr, siblings_ptr, published_ptr, ticket_ptr, num_accepted_ptr, committed_out_ptr,
-    accepted_slots_ptr, forced_ids_ptr, row_start_ptr, above_ptr, seed, committed, iteration, num_rows, window_size,
-    next_window_size, vocab, num_tokens, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr,
+    accepted_slots_ptr, forced_ids_ptr, row_start_ptr, above_ptr, most_accepted, seed, committed, iteration, num_rows,
+    window_size, next_window_size, vocab, num_tokens, CANDIDATES: tl.constexpr, DEPTH: tl.constexpr,
     INIT: tl.constexpr, STEPS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All rows have published: commit, refill the window, move the sequence to its next pass."""
@@ -434,6 +438,8 @@ def _finish_sequence(
     refreshed = tl.load(published_ptr + rows * published_width + REFRESHED, mask=inside, other=0, volatile=True)
     drafts = tl.load(tokens_ptr + committed + rows, mask=inside, other=0)
     num_accepted = tl.min(tl.where(inside & ((flags & ACCEPTED) == 0), rows, num_rows.to(tl.int32)))
+    if most_accepted is not None:
+        num_accepted = tl.minimum(num_accepted, most_accepted)
     last_row = num_accepted
     if DEPTH > 1:
         num_accepted, last_row, drafts = _walk(
@@ -441,7 +447,10 @@ def _finish_sequence(
         )
     last_ptr = published_ptr + last_row * published_width
     out = tl.where(rows == num_accepted, tl.load(last_ptr + RECOVERED, volatile=True), refreshed)
-    out = tl.where(rows < num_accepted, drafts, out)
+    kept_drafts = rows < num_accepted
+    if most_accepted is not None:  # the draft behind them may pass as well: with the recovered token, maximal coupling
+        kept_drafts |= (rows == num_accepted) & ((flags & ACCEPTED) != 0)
+    out = tl.where(kept_drafts, drafts, out)
     num_new = tl.minimum(num_accepted + 1, num_rows.to(tl.int32))
     tl.store(tokens_ptr + committed + rows, out, mask=inside)
     tl.store(commit_pass_ptr + committed + rows, tl.where(rows < num_new, iteration, -1), mask=inside)
@@ -510,6 +519,7 @@ def verify(
     top_p: Tensor | None = None,
     reuse_threshold: Tensor | None = None,
     tree: tuple[int, int] | None = None,
+    most_accepted: Tensor | None = None,
 ) -> VerifyResult:
     """`reference.verify` in one launch, on the current stream, without a host sync. Arguments and result: there."""
     guided = logits.ndim == 4
@@ -550,6 +560,7 @@ def verify(
         top_k,
         top_p,
         reuse_threshold,
+        most_accepted,
         *((0,) if not guided else ()),
         *logits.stride(),
         *((0,) if not guided else ()),

@@ -16,6 +16,7 @@ from sjd_engine.models.base import Context
 from sjd_engine.outputs import ImageStats
 from sjd_engine.prompt_cache import PromptCache
 from sjd_engine.request import Request
+from sjd_engine.sjd2 import NoisyWindow, noise_plan
 from sjd_engine.zipar import ZipDecoder
 
 POISON = "SJD_POISON"  # environment variable: fill rejected slots of the cache with NaN, so that a stale read shows
@@ -49,8 +50,17 @@ class Batch:
         self.model, self.prompts, self.num_rows, self.group = model, prompts, num_rows, request.group
         default = model.defaults.window_size if request.auto_window else request.window_size
         self._first_window = min(default, request.window_size)
-        self._eagle = None
-        if request.method.trained:
+        self._eagle, self._noisy = None, None
+        if request.method.denoises:
+            assert request.verify is not None
+            self._noisy = NoisyWindow(
+                noise_plan(model, request.steps),
+                request.schedule.grid(model.device),
+                batch_size=num_rows + 1,
+                window_size=request.window_size,
+                verify=request.verify,
+            )
+        elif request.method.trained:
             self._eagle = EagleDrafter(
                 model,
                 batch_size=num_rows + 1,
@@ -74,7 +84,7 @@ class Batch:
             schedule=request.schedule,
             init=request.init,
             reuse_threshold=request.reuse_threshold,
-            drafter=self._eagle,
+            drafter=self._eagle or self._noisy,
             tree=request.tree,
             relaxation=request.relaxation,
             codebook=model.detokenizer.code_vectors() if request.relaxation is not None else None,
@@ -137,6 +147,9 @@ class Batch:
         except BaseException:
             self.end(row)
             raise
+        if self._noisy is not None:
+            here = slice(row, row + 1)
+            self._noisy.begin(here, self.decoder.seeds[here])
         if not others:  # nothing remains of the window of images that have left
             self.decoder.window_size = self._first_window
         self._progress.begin(row)
@@ -222,6 +235,8 @@ class Batch:
         """Logits [R, W, V], or [2, R, W, V] with guidance, of the windows ids [R, W] of some rows."""
         sequences = (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
         windows = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), self._anchors[sequences])
+        if self._noisy is not None:
+            windows = self._noisy.embed(windows, rows.repeat_interleave(self._copies))
         bias = layout.window_bias
         if bias is not None and bias.ndim == 3:  # images that differ in it
             bias = bias[rows].repeat_interleave(self._copies, 0)

@@ -43,6 +43,10 @@ def generate(
     tree: Annotated[str | None, typer.Option(help="K,D: up to K candidates for each of D - 1 tokens.")] = None,
     relaxation: Annotated[float | None, typer.Option(help="Of gsd (ranks, >= 0) and lantern (a bound, >= 1).")] = None,
     zipar_window: Annotated[int | None, typer.Option(help="Of zipar: tokens of the row above to wait for.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of sjd2: passes from noise to a draft; default: the model's.")
+    ] = None,
+    verify: Annotated[str | None, typer.Option(help="Of sjd2: clean (exact, the default) or paper.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
 ) -> None:
     """Draw a prompt and write PNG files, with the recipe inside."""
@@ -64,6 +68,8 @@ def generate(
         "tree": None if tree is None else pair_of_ints("tree", tree),
         "relaxation": int(relaxation) if relaxation is not None and relaxation.is_integer() else relaxation,
         "zipar_window": zipar_window,
+        "steps": steps,
+        "verify": verify,
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     engine = Engine(model, device=device)

@@ -141,7 +141,7 @@ class JacobiDecoder:
             if value < least:
                 raise ValueError(f"{name}: expected >= {least}, got {value}")
         if get_method(method).trained and drafter is None:
-            raise ValueError(f"drafter: {method} needs one, see `sjd_engine.eagle.EagleDrafter`")
+            raise ValueError(f"drafter: {method} needs one, see `sjd_engine.batch`")
         seeds = check_seeds("seeds", seeds)
         if len(seeds) != batch_size:
             raise ValueError(f"seeds: expected {batch_size}, one for each image, got {len(seeds)}")
@@ -263,6 +263,7 @@ class JacobiDecoder:
             seeds=self._seeds,
             reuse_threshold=self._reuse_threshold,
             acceptance=self._acceptance,
+            most_accepted=None if self._drafter is None else self._drafter.most_accepted,
             **self.warp_arguments,
         )
         self.window_size = next_window_size
@@ -337,6 +338,11 @@ class JacobiDecoder:
     @property
     def batch_size(self) -> int:
         return len(self._seeds)
+
+    @property
+    def seeds(self) -> Tensor:
+        """[B] int64, with the low 64 bits of the images' seeds."""
+        return self._seeds
 
     @property
     def num_tokens(self) -> int:

@@ -98,6 +98,8 @@ class Engine:
         tree: tuple[int, int] | None = None,
         relaxation: float | None = None,
         zipar_window: int | None = None,
+        steps: int | None = None,
+        verify: str | None = None,
         output_type: str = "pil",
         callback_on_step: Callable[[StepInfo], None] | None = None,
         progress: bool | None = None,
@@ -106,8 +108,8 @@ class Engine:
 
         Args:
             prompt: one text or a list.
-            method: ar, jacobi, sjd, sjd++, maximal, gumbel, exact, eagle, or a relative for comparison: sjd-block, gsd,
-                lantern, zipar, zipar-adaptive; see `sjd_engine.methods`.
+            method: ar, jacobi, sjd, sjd++, maximal, gumbel, exact, eagle, sjd2, or for comparison: sjd-block,
+                gsd, lantern, zipar, zipar-adaptive; see `sjd_engine.methods`.
             window_size: tokens of a forward pass, >= 1. "auto" measures what passes take and lets each have the window
                 that promises most tokens a second. The law of the images is the same; but which image a seed gives
                 depends on the windows, unless the method is ar, jacobi or exact. `ar` always takes 1.
@@ -126,6 +128,9 @@ class Engine:
             relaxation: how much more gsd and lantern accept: ranks >= 0, 7 by default, and a bound >= 1, 2 by default.
             zipar_window: tokens of the row above that zipar waits for, >= 1, from which its window size follows; None
                 for a third of the columns.
+            steps: levels of noise of sjd2, passes from noise to a draft, >= 1; None for those of its model.
+            verify: of sjd2, "clean" accepts drafts behind tokens alone and follows the model exactly, "paper" accepts
+                them behind noise too; None for clean.
             output_type: pil, np, pt or codes.
             callback_on_step: called after every pass; what it raises ends the call and reaches the caller.
             progress: a bar on stderr; None shows it on a terminal.
@@ -151,6 +156,8 @@ class Engine:
             tree=tree,
             relaxation=relaxation,
             zipar_window=zipar_window,
+            steps=steps,
+            verify=verify,
             output_type=output_type,
         )
         show = sys.stderr.isatty() if progress is None else progress

@@ -12,7 +12,8 @@ class Method:
     lossless: the images follow exactly the law of one-token-a-pass sampling.
     summary: a line for people.
     one_token: the window is one token, whatever the caller asks.
-    trained: drafts come from the draft head of the checkpoint.
+    trained: needs a part of the checkpoint that was trained for it: the draft head that drafts, or with `denoises` the
+        denoiser, which reads noise in the place of drafts.
     acceptance: how drafts are judged, see `kernels.acceptance`; all but "token" run on the slow reference: compare
         their passes, not their seconds.
     rows_at_once: "fixed" or "adaptive" where grid rows are decoded side by side, with no drafts; see `kernels.zipar`.
@@ -27,6 +28,7 @@ class Method:
     summary: str
     one_token: bool = False
     trained: bool = False
+    denoises: bool = False
     acceptance: str = "token"
     rows_at_once: str = ""
     relaxation: float | None = None
@@ -49,6 +51,15 @@ METHODS = {
         Method("maximal", "ratio", "maximal", True, "drafts refreshed by maximal coupling (arXiv 2510.24211)"),
         Method("gumbel", "ratio", "gumbel", True, "drafts refreshed with position-keyed Gumbel noise"),
         Method("eagle", "ratio", "fresh", True, "chains of drafts by a trained head (arXiv 2401.15077)", trained=True),
+        Method(
+            "sjd2",
+            "ratio",
+            "maximal",
+            True,
+            "drafts denoised from noise, by a model fine-tuned for it (arXiv 2510.08994)",
+            trained=True,
+            denoises=True,
+        ),
         Method("exact", "match", "gumbel", True, "the very image that `ar` gives for the same seed"),
         Method(
             "sjd-block",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine.kernels import layers
+from sjd_engine.kernels.noise import NoisePlan, NoiseState
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 
 _C: Any = None
@@ -68,6 +69,7 @@ def verify(
     top_p: Tensor | None = None,
     reuse_threshold: Tensor | None = None,
     tree: tuple[int, int] | None = None,
+    most_accepted: Tensor | None = None,
 ) -> VerifyResult:
     """`kernels.reference.verify` on a CPU, decision for decision, in one call that makes no tensor of probabilities.
 
@@ -125,6 +127,7 @@ def verify(
         top_k=_address("top_k", top_k, torch.int64),
         top_p=_address("top_p", top_p, torch.float32),
         reuse_threshold=_address("reuse_threshold", reuse_threshold, torch.float32),
+        most_accepted=_address("most_accepted", most_accepted, torch.int64),
         accept=accept,
         refresh=refresh,
         init=init,
@@ -133,6 +136,44 @@ def verify(
     if reads_previous_logits(accept, state.max_window_size):
         state.previous_logits = logits
     return VerifyResult(num_accepted, state.num_committed.clone(), accepted_slots)
+
+
+def denoise(
+    state: NoiseState, plan: NoisePlan, tokens: Tensor, num_committed: Tensor, lowered: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor]:
+    """`kernels.noise.denoise` on a CPU, bit for bit, in one call.
+
+    Args: those of the reference.
+    Raises: ValueError naming the argument that lies on another device, has another dtype or is not contiguous;
+        RuntimeError where the compiled module is missing.
+    """
+    op, cpu, (batch_size, num_tokens) = "denoise", torch.device("cpu"), state.levels.shape
+    vocab_size, hidden = plan.embeddings.shape
+    inputs = plan.embeddings.new_empty(batch_size, num_slots, hidden)
+    levels = state.levels.new_empty(batch_size, num_slots)
+    if plan.embeddings.dtype not in DTYPES:
+        raise ValueError(f"{op}: embeddings must be float32, float16 or bfloat16, got {plan.embeddings.dtype}")
+    floats = ("mean", "std", "inverse", "encodings", "keep", "pull")
+    _module().denoise_cpu(
+        dtype=DTYPES[plan.embeddings.dtype],
+        batch_size=batch_size,
+        num_slots=num_slots,
+        num_tokens=num_tokens,
+        tokens_width=tokens.shape[1],
+        vocab_size=vocab_size,
+        hidden=hidden,
+        levels=_checked(op, "levels", state.levels, torch.int32, cpu),
+        noisy=_checked(op, "noisy", state.noisy, torch.float32, cpu),
+        embeddings=_checked(op, "embeddings", plan.embeddings, plan.embeddings.dtype, cpu),
+        **{name: _checked(op, name, getattr(plan, name), torch.float32, cpu) for name in floats},
+        tokens=_checked(op, "tokens", tokens, torch.int64, cpu),
+        num_committed=_checked(op, "num_committed", num_committed, torch.int64, cpu),
+        lowered=_checked(op, "lowered", lowered, torch.int64, cpu),
+        inputs=inputs.data_ptr(),
+        out_levels=levels.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return inputs, levels
 
 
 # --------------------------------------------------------------------------------------------------------- paged cache

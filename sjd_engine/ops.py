@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from sjd_engine import attention, kernels, native
-from sjd_engine.kernels import layers, paged, reference
+from sjd_engine.kernels import layers, noise, paged, reference
 from sjd_engine.kernels.acceptance import Acceptance, acceptance
 from sjd_engine.kernels.layers import to_panels
+from sjd_engine.kernels.noise import NoisePlan, NoiseState
 from sjd_engine.kernels.reference import combine, law_weights, redraft, start, warp
 from sjd_engine.kernels.state import Grid, VerifyResult, WindowState, reads_previous_logits
 from sjd_engine.kernels.tree import MOST_CANDIDATES, Tree
@@ -36,6 +37,8 @@ __all__ = [
     "Backend",
     "Grid",
     "KVOps",
+    "NoisePlan",
+    "NoiseState",
     "Tree",
     "VerifyResult",
     "WindowState",
@@ -44,6 +47,7 @@ __all__ = [
     "acceptance",
     "backend",
     "combine",
+    "denoise",
     "kv_ops",
     "law_weights",
     "layer_ops",
@@ -65,11 +69,12 @@ OVERRIDE = "SJD_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs `verify` on a device: its name, why it was chosen, and the function itself."""
+    """What runs `verify` and `denoise` on a device: its name, why it was chosen, and the functions themselves."""
 
     name: str
     reason: str
     verify: Callable[..., VerifyResult]
+    denoise: Callable[..., tuple[Tensor, Tensor]]
 
 
 def backend(device: torch.device | str) -> Backend:
@@ -85,14 +90,14 @@ def _backend(device: str, wanted: str) -> Backend:
     name, reason = attention.choose(
         "verify", BACKENDS, device, lambda name: attention.missing(name, device), OVERRIDE, wanted
     )
-    return Backend(name, reason, implementation(name))
+    return Backend(name, reason, *implementations(name))
 
 
-def implementation(name: str) -> Callable[..., VerifyResult]:
-    """`verify` of backend `name`."""
+def implementations(name: str) -> tuple[Callable[..., VerifyResult], Callable[..., tuple[Tensor, Tensor]]]:
+    """`verify` and `denoise` of backend `name`."""
     if name == "triton":
-        return kernels.verify
-    return native.verify if name == "cpu" else reference.verify
+        return kernels.verify, kernels.denoise
+    return (native.verify, native.denoise) if name == "cpu" else (reference.verify, noise.denoise)
 
 
 def verify(
@@ -105,6 +110,13 @@ def verify(
     if torch.compiler.is_compiling():
         return _verify_traced(logits, state, grid, **arguments)
     return backend(logits.device).verify(logits, state, grid, **arguments)
+
+
+def denoise(
+    state: NoiseState, plan: NoisePlan, tokens: Tensor, num_committed: Tensor, lowered: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor]:
+    """The denoise update of a window, see `kernels.noise.denoise`, on the backend of the tokens' device."""
+    return backend(tokens.device).denoise(state, plan, tokens, num_committed, lowered, num_slots)
 
 
 @dataclass(frozen=True)
@@ -224,13 +236,14 @@ _library.define(
     "Tensor(h!) nonfinite_rows, Tensor(i!) zero_draft_prob, Tensor(j!) siblings, Tensor(k!) published, "
     "Tensor(l!) ticket, Tensor? drafted, Tensor? drafted_scale, "
     "Tensor? forced_ids, Tensor row_start, Tensor above, int cols, Tensor seeds, Tensor? guidance_scale, "
-    "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? reuse_threshold, int window_size, "
+    "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? reuse_threshold, "
+    "Tensor? most_accepted, int window_size, "
     "int? next_window_size, str accept, str refresh, str init, int[]? tree) "
     "-> (Tensor num_accepted, Tensor num_committed, Tensor accepted_slots)"
 )
 STATE = tuple(field.name for field in fields(WindowState) if field.name != "previous_logits")
 GRID = ("forced_ids", "row_start", "above", "cols")
-ARGUMENTS = ("seeds", "guidance_scale", "temperature", "top_k", "top_p", "reuse_threshold")
+ARGUMENTS = ("seeds", "guidance_scale", "temperature", "top_k", "top_p", "reuse_threshold", "most_accepted")
 WORDS = ("window_size", "next_window_size", "accept", "refresh", "init", "tree")
 
 

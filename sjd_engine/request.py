@@ -9,13 +9,16 @@ from sjd_engine.images import OUTPUT_TYPES
 from sjd_engine.methods import DRAFTED_INITS, INITS, Method, check_init, check_relaxation, get_method
 from sjd_engine.models.base import ImageModel, Prompt
 from sjd_engine.models.draft_head import FILE
+from sjd_engine.models.fine_tuned import WEIGHTS
 from sjd_engine.ops import Tree
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
+from sjd_engine.sjd2 import VERIFIED
 from sjd_engine.zipar import ZipDecoder
 
 AUTO = "auto"
 EAGLE_WINDOW = 6  # longer chains are seldom accepted whole
+SJD2_WINDOW = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Request:
     tree: Tree | None
     relaxation: float | None
     zipar_window: int | None
+    steps: int | None
+    verify: str | None
     output_type: str
     group: Hashable  # images of requests with equal groups can be decoded in one batch
 
@@ -67,6 +72,8 @@ def make_request(
     tree: tuple[int, int] | None = None,
     relaxation: float | None = None,
     zipar_window: int | None = None,
+    steps: int | None = None,
+    verify: str | None = None,
     output_type: str = "pil",
 ) -> Request:
     """Check the arguments of `Engine.generate` against `model`.
@@ -95,7 +102,12 @@ def make_request(
     size = (model.image_size[0] if height is None else height, model.image_size[1] if width is None else width)
     schedule = model.schedule(*size)
     decoding = get_method(method)
-    if decoding.trained and model.draft_head is None:
+    if decoding.denoises and model.denoiser is None:
+        raise ValueError(
+            f"method: {method} reads noise, which {model.name} was not fine-tuned for: load a model that was (with "
+            f"{WEIGHTS} in its folder; examples/emoji/train_sjd2.py makes one), or take another method"
+        )
+    if decoding.trained and not decoding.denoises and model.draft_head is None:
         raise ValueError(
             f"method: {method} drafts with a trained head, which {model.name} has none of: put {FILE} beside its "
             "weights (examples/emoji/train_eagle.py makes one), or take another method"
@@ -103,7 +115,9 @@ def make_request(
     if tree is not None and window_size == AUTO:  # which weighs chains of drafts alone
         window_size = model.defaults.window_size
     auto_window = window_size == AUTO and not decoding.one_token and not decoding.trained
-    largest = EAGLE_WINDOW if decoding.trained else model.defaults.max_window_size
+    largest = model.defaults.max_window_size
+    if decoding.trained:
+        largest = SJD2_WINDOW if decoding.denoises else EAGLE_WINDOW
     window_size = min(check_window(window_size, largest), schedule.num_tokens)
     window_size = 1 if decoding.one_token else window_size
     chosen_tree = check_tree(tree, decoding, window_size)
@@ -119,6 +133,7 @@ def make_request(
     init = check_init(model.defaults.init if init is None else init)
     if decoding.trained and init in DRAFTED_INITS:
         raise ValueError(f"init: {method} has a drafter already, got {init!r}; choose one of {', '.join(INITS)}")
+    steps, verify = check_denoising(decoding, steps, verify)
     grid = (schedule.rows, schedule.cols, *sorted(schedule.forced.items()))
     return Request(
         prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
@@ -133,6 +148,8 @@ def make_request(
         tree=chosen_tree,
         relaxation=relaxation,
         zipar_window=zipar_window,
+        steps=steps,
+        verify=verify,
         output_type=output_type,
         group=(
             method,
@@ -142,6 +159,8 @@ def make_request(
             init,
             relaxation,
             zipar_window,
+            steps,
+            verify,
             grid,
             params.in_use(model.num_codes),
         ),
@@ -165,6 +184,19 @@ def check_zipar_window(method: Method, value: int | None, schedule: Schedule) ->
             raise ValueError(f"zipar_window: {method.name} has none, only zipar and zipar-adaptive; leave it out")
         return None
     return -(-schedule.cols // 3) if value is None else at_least("zipar_window", value, 1)
+
+
+def check_denoising(method: Method, steps: int | None, verify: str | None) -> tuple[int | None, str | None]:
+    """Both, with "clean" where `verify` is None; None for methods that do not denoise. Raises: ValueError,
+    TypeError."""
+    if not method.denoises:
+        for name, value in (("steps", steps), ("verify", verify)):
+            if value is not None:
+                raise ValueError(f"{name}: {method.name} has none, only sjd2; leave it out")
+        return None, None
+    if verify not in (None, *VERIFIED):
+        raise ValueError(f"verify: expected one of {', '.join(VERIFIED)}, got {verify!r}")
+    return None if steps is None else at_least("steps", steps, 1), verify or VERIFIED[0]
 
 
 def text_list(argument: str, value: str | Sequence[str]) -> list[str]:

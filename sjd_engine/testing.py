@@ -293,6 +293,7 @@ class VerifyCase:
     bad: share of logits that are NaN or infinite, and of rows that have no finite logit. ties: logits are rounded.
     windows: of passes that take turns with them, at most window_size; none: all have that one.
     redrafted: share of the drafts that a drafter draws anew between two passes.
+    most_accepted: drafts that a pass may accept; sequence b may accept b more.
     tree: (K, D) behind a chain of window_size slots. Its rows see the chain's logits, bent by noise of their own.
     """
 
@@ -313,6 +314,7 @@ class VerifyCase:
     first_seed: int = 0
     windows: tuple[int, ...] = ()
     redrafted: float = 0.0
+    most_accepted: int | None = None
     tree: tuple[int, int] | None = None
 
     def window(self, iteration: int) -> int:
@@ -372,6 +374,9 @@ class VerifyCase:
         seeds = seeds.to(device)
         start(state, grid, window_size=max_window, init=self.init, seeds=seeds, vocab_size=self.vocab_size)
         warping = self.params.warp_arguments(self.batch_size, self.vocab_size, torch.device(device))
+        limit = {}
+        if self.most_accepted is not None:
+            limit["most_accepted"] = self.most_accepted + torch.arange(self.batch_size, device=device)
         passes = []
         for iteration in range(num_passes):
             first = state.num_committed.clone().cpu()
@@ -388,6 +393,7 @@ class VerifyCase:
                 seeds=seeds,
                 reuse_threshold=torch.full((self.batch_size,), self.reuse_threshold, device=device),
                 **warping,
+                **limit,
             )
             if self.redrafted and self.window(iteration + 1) > 1:
                 weights, where = self.drafter_laws(iteration)

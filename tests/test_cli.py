@@ -90,6 +90,8 @@ def asked_for(monkeypatch) -> dict:
         ("--relaxation", "7", "relaxation", 7),
         ("--relaxation", "1.5", "relaxation", 1.5),
         ("--zipar-window", "4", "zipar_window", 4),
+        ("--steps", "5", "steps", 5),
+        ("--verify", "paper", "verify", "paper"),
     ],
 )
 def test_an_option_reaches_the_engine_as_its_argument(sjd, asked_for, option, text, argument, value):

@@ -14,12 +14,13 @@ LEVELS = [
     {"sjd_engine.native"},
     {"sjd_engine.attention"},
     {"sjd_engine.ops", "sjd_engine.sampling", "sjd_engine.methods", "sjd_engine.images"},
-    {"sjd_engine.schedule", "sjd_engine.kv_cache"},
+    {"sjd_engine.schedule", "sjd_engine.kv_cache", "sjd_engine.denoise"},
     {"sjd_engine.drafting"},
     {"sjd_engine.decoder", "sjd_engine.models", "sjd_engine.zipar"},
+    {"sjd_engine.sjd2"},
     {"sjd_engine.outputs", "sjd_engine.request", "sjd_engine.parallel", "sjd_engine.quantize", "sjd_engine.pack"},
     {"sjd_engine.loading"},
-    {"sjd_engine.graph", "sjd_engine.prompt_cache", "sjd_engine.eagle", "sjd_engine.auto_window"},
+    {"sjd_engine.graph", "sjd_engine.prompt_cache", "sjd_engine.eagle", "sjd_engine.auto_window", "sjd_engine.train"},
     {"sjd_engine.batch"},
     {"sjd_engine.scheduler"},
     {"sjd_engine.engine"},
@@ -88,6 +89,7 @@ def test_import_loads_little_beyond_torch_and_numpy():
     packages = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert "sjd_engine" in packages <= {"sjd_engine", "PIL", "safetensors", "tqdm"}
     later = {"sjd_engine.cli", "sjd_engine.kernels.verify", "sjd_engine.kernels.attention"}
+    later |= {"sjd_engine.kernels.denoise", "sjd_engine.train"}
     later |= {f"sjd_engine.models.{family}" for family in FAMILIES}
     assert not loaded & later
 

@@ -24,20 +24,10 @@ from sjd_engine.models import load_model
 from sjd_engine.models.block import Pass, Transformer
 from sjd_engine.models.draft_head import FILE, DraftHead
 from sjd_engine.ops import layer_ops
+from sjd_engine.train.whole_sequence import WholeSequence, image_logits
 
 NULL_CAPTION_RATE = 0.3  # guidance reads the law without a caption as often as the one with
 GUESSED = 0.3  # share of the hidden states that the head has guessed
-
-
-class WholeSequence:
-    """Stands in for the cache of a pass over whole sequences."""
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def attend(self, layer: int, queries: Tensor, span: int, window_bias: Tensor | None) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (queries, self.keys, self.values))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def new_head(transformer: Transformer) -> DraftHead:
@@ -77,11 +67,6 @@ def guess_in_chains(
 
 def normalised(transformer: Transformer, hidden: Tensor) -> Tensor:
     return F.rms_norm(hidden, hidden.shape[-1:], eps=transformer.config.norm_eps)
-
-
-def image_logits(transformer: Transformer, hidden: Tensor) -> Tensor:
-    """`Transformer.logits`, with gradients."""
-    return F.linear(normalised(transformer, hidden) * transformer.norm.float(), transformer.head)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from sjd_engine.models import hub
 from sjd_engine.models.base import ImageModel
 from sjd_engine.models.checkpoint import Checkpoint
 from sjd_engine.models.draft_head import load_draft_head
+from sjd_engine.models.fine_tuned import base_of, fine_tune
 
 __all__ = ["ImageModel", "load_model"]
 
@@ -33,10 +34,23 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 
 def load_model(name: str | Path, device: torch.device, dtype: torch.dtype) -> ImageModel:
-    """Load a checkpoint; its family is read from its files.
+    """Load a checkpoint; its family is read from its files, or from those of the model that it was fine-tuned from.
 
     Raises: CheckpointError where the files are missing, incomplete, damaged or of no known family.
     """
+    path = checkpoint_folder(name)
+    base = base_of(path) if path.is_dir() else None
+    if base is None:
+        return load_base(name, path, device, dtype)
+    if base_of(checkpoint_folder(base)) is not None:
+        raise CheckpointError(f"{path}: expected a base model that is no fine-tuned one itself, got {base}")
+    model = load_base(base, checkpoint_folder(base), device, dtype)
+    fine_tune(model, path)
+    return model
+
+
+def load_base(name: str | Path, path: Path, device: torch.device, dtype: torch.dtype) -> ImageModel:
+    """Load a checkpoint that lies at `path` and has everything. Raises: see `load_model`."""
     # Here, since tokenizers and detokenizers would make the package slow to import.
     from sjd_engine.models.anole import AnoleModel
     from sjd_engine.models.emoji import EmojiModel
@@ -48,7 +62,7 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype) -> Im
 
     # The first that matches takes a checkpoint: Anole before Lumina-mGPT, whose files differ in little.
     families = (EmojiModel, AnoleModel, LuminaModel, JanusModel, SimpleARModel, LlamaGenModel, Emu3Model)
-    checkpoint = Checkpoint(checkpoint_folder(name), None if Path(name).exists() else str(name))
+    checkpoint = Checkpoint(path, None if Path(name).exists() else str(name))
     for family in families:
         if family.matches(checkpoint):
             model = family(checkpoint, device, dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sjd_engine.denoise import Denoiser
 from sjd_engine.errors import CheckpointError
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.detokenizers.base import Detokenizer
@@ -76,6 +77,7 @@ class ImageModel(ABC):
         name: for people.
         transformer: blocks, embedding and image head.
         draft_head: for the method `eagle`; None where the checkpoint has none.
+        denoiser: for the method `sjd2`; None where the model was not fine-tuned for it.
         detokenizer: codes to pixels.
         num_codes: V.
         first_code: vocabulary row of image code 0.
@@ -87,6 +89,7 @@ class ImageModel(ABC):
     name: str
     transformer: Transformer
     draft_head: DraftHead | None = None
+    denoiser: Denoiser | None = None
     detokenizer: Detokenizer
     num_codes: int
     first_code: int

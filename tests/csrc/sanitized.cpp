@@ -463,6 +463,7 @@ void verify() {
     p.top_k = top_k.data();
     p.top_p = top_p.data();
     p.reuse_threshold = threshold.data();
+    p.most_accepted = nullptr;
     p.accept = match ? Accept::kMatch : Accept::kRatio;
     p.refresh = match ? pick({Refresh::kGumbel, Refresh::kArgmax})
                       : pick({Refresh::kFresh, Refresh::kReuse, Refresh::kMaximal, Refresh::kGumbel});

@@ -14,6 +14,7 @@ from sjd_engine.kernels.compile import (
     DTYPES,
     SASS,
     AttentionKernel,
+    DenoiseKernel,
     Resources,
     VerifyKernel,
     compile_cases,
@@ -86,6 +87,16 @@ class TestAttention:
         if case.head_dim % 8:
             both = 0  # heads do not begin at multiples of 16 bytes
         assert resources.wide_loads >= both // (16 * resources.threads)
+
+
+@pytest.mark.parametrize("case", [case for case in MATRIX if isinstance(case, DenoiseKernel)], ids=str)
+class TestDenoise:
+    def test_the_noise_is_read_16_bytes_at_a_time_without_atomics(self, compiled, case):
+        resources = compiled[str(case)]
+        columns = launch.denoise_block(case.hidden)
+        each = 4 * columns // (16 * resources.threads)  # noise, mean, 1 / std, std, encoding
+        assert resources.wide_loads >= 5 * each
+        assert resources.atomics == 0
 
 
 def test_the_expected_resources_are_of_this_matrix():

@@ -70,6 +70,8 @@ CASES = {  # positional: method, V, W, B
     "tree-4x2-tiled": VerifyCase("sjd", 9000, 3, 1, tree=(4, 2), params=TOP_K, drift=2.0),
     "tree-3x3-forced": VerifyCase("maximal", 50, 5, 1, tree=(3, 3), schedule=LINES, ties=True),
     "tree-3x3-bad-numbers": VerifyCase("maximal", 50, 4, 1, tree=(3, 3), bad=0.2),
+    "most-accepted": VerifyCase("maximal", 256, 6, drift=0.1, most_accepted=1),
+    "most-accepted-forced": VerifyCase("sjd", 256, 6, schedule=LINES, params=TOP_K, drift=0.0, most_accepted=0),
     "strided": VerifyCase("maximal", 256, 3, 1, params=GUIDED, strided=True),
 }
 

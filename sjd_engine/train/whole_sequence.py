@@ -1,0 +1,55 @@
+"""A transformer over whole sequences, with gradients."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sjd_engine.models.block import Pass, Transformer
+from sjd_engine.models.linear import linear
+from sjd_engine.ops import layer_ops
+
+
+class WholeSequence:
+    """Stands in for the cache of a pass over whole sequences.
+
+    Args:
+        visible: [B, N, N] bool, which slots each slot reads; None for the causal rule.
+    """
+
+    def __init__(self, visible: Tensor | None = None):
+        self._visible = visible
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
+
+    def attend(self, layer: int, queries: Tensor, span: int, window_bias: Tensor | None) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (queries, self._keys, self._values))
+        if self._visible is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        # Written out: on a CPU the backward pass of PyTorch's operator takes three times as long where it has a mask.
+        q = q.unflatten(1, (k.shape[1], -1))
+        scores = (q @ k[:, :, None].transpose(-1, -2)) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~self._visible[:, None, None], float("-inf"))
+        return (scores.float().softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2).transpose(1, 2)
+
+
+def hidden_states(transformer: Transformer, x: Tensor, positions: Tensor, visible: Tensor | None = None) -> Tensor:
+    """[B, N, hidden] before the final norm.
+
+    Args:
+        x: [B, N, hidden] embeddings.
+        positions: [B, N] int64, rows of the position table.
+        visible: see `WholeSequence`.
+    """
+    cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (transformer.cos, transformer.sin))
+    run = Pass(WholeSequence(visible), x.shape[1], cos, sin, None, layer_ops(x))  # type: ignore[arg-type]
+    for block in transformer.blocks:
+        x = block(x, run)
+    return x
+
+
+def image_logits(transformer: Transformer, hidden: Tensor) -> Tensor:
+    """`Transformer.logits`, with gradients."""
+    hidden = F.rms_norm(hidden.float(), hidden.shape[-1:], transformer.norm.float(), transformer.config.norm_eps)
+    if transformer.head_in is not None:
+        hidden = F.gelu(linear(hidden, transformer.head_in, transformer.head_in_bias))
+    return linear(hidden, transformer.head, transformer.head_bias)

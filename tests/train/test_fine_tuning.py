@@ -1,0 +1,125 @@
+"""Fine-tuning for SJD2: its noise, which slots read which, and runs that are interrupted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sjd_engine.denoise import Denoiser, NoiseSchedule
+from sjd_engine.models.block import BlockConfig, Transformer
+from sjd_engine.train.sjd2 import Noise, Trainer, losses, visible_slots
+
+VOCAB, CODES, TOKENS, PROMPT = 20, 12, 24, 5
+
+
+def tiny() -> tuple[Transformer, Denoiser]:
+    config = BlockConfig(
+        num_layers=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        num_kv_heads=1,
+        unpadded_head_dim=8,
+        max_positions=PROMPT + TOKENS,
+        rope_theta=100.0,
+        norm_eps=1e-6,
+    )
+    transformer = Transformer(config, VOCAB, CODES).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in transformer.named_parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
+    return transformer, Denoiser.new(transformer.embedding[-CODES:], NoiseSchedule())
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two pictures, whose prompts have 3 and 5 tokens."""
+    generator = torch.Generator().manual_seed(step)
+    codes = torch.randint(CODES, (2, TOKENS), generator=generator)
+    ids = torch.randint(VOCAB - CODES, (2, PROMPT + TOKENS - 1), generator=generator)
+    first = torch.tensor([2, 4])
+    for row in range(2):
+        ids[row, first[row] + 1 : first[row] + TOKENS] = codes[row, :-1] + VOCAB - CODES
+    return ids, first, codes
+
+
+def test_noise_never_falls_along_a_segment():
+    noise = Noise.sample(50, 255, 4, torch.Generator().manual_seed(0))
+    inside = noise.starts[:, 1:] == noise.starts[:, :-1]
+    assert (noise.times.diff(dim=1)[inside] >= 0).all()
+    assert (noise.starts == torch.arange(255)).float().mean() < 1 / 20  # slots that begin a segment
+    assert noise.times.min() > 0
+    assert 0.3 < (noise.times == 1).float().mean() < 0.6
+
+
+def test_a_slot_reads_the_prompt_clean_tokens_before_its_segment_and_noise_before_itself():
+    starts, first = torch.tensor([[0, 0, 2, 2]]), torch.tensor([1])
+    rows = visible_slots(starts, first, 7)[0, 7:].int().tolist()
+    prompt = [1, 1]
+    assert rows[0] == [*prompt, 0, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert rows[1] == [*prompt, 0, 0, 0, 0, 0, 1, 1, 0, 0]
+    assert rows[3] == [*prompt, 1, 1, 0, 0, 0, 0, 0, 1, 1]
+
+
+def test_before_training_clean_tokens_are_read_as_the_base_model_does():
+    """And tokens without noise in the noisy copy give the same laws."""
+    (transformer, denoiser), (ids, first, codes) = tiny(), batch(0)
+    noise = Noise.sample(2, TOKENS - 1, 16, torch.Generator().manual_seed(0))
+    clean, noisy = losses(transformer, denoiser, noise, ids, first, codes, VOCAB - CODES)
+    for row, prompt in enumerate((3, 5)):
+        whole = ids[row : row + 1, : prompt + TOKENS - 1]
+        hidden = transformer(transformer.embed(whole), transformer.new_cache(1, whole.shape[1]))
+        law = transformer.logits(hidden[:, prompt - 1 :]).log_softmax(-1)
+        nats = -law.gather(-1, codes[row, None, :, None]).flatten()
+        torch.testing.assert_close(clean[row], nats, rtol=0, atol=1e-5)
+    still = Noise(noise.starts, torch.zeros_like(noise.times), noise.eps)
+    again, quiet = losses(transformer, denoiser, still, ids, first, codes, VOCAB - CODES)
+    torch.testing.assert_close(quiet, clean[:, 1:], rtol=0, atol=1e-5)
+    assert torch.equal(again, clean)
+    assert (noisy - quiet).abs().max() > 0.1
+
+
+def run(steps: range, path: Path, *, resume: bool) -> dict[str, Tensor]:
+    transformer, denoiser = tiny()
+    trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=6, lr=1e-2, warmup=2)
+    if resume:
+        trainer.load_state_dict(torch.load(path, weights_only=True))
+    for step in steps:
+        trainer.step(step, *batch(step))
+    torch.save(trainer.state_dict(), path)
+    return {**transformer.state_dict(), **denoiser.state_dict()}
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
+    whole = run(range(6), tmp_path / "whole.pt", resume=False)
+    run(range(3), tmp_path / "part.pt", resume=False)
+    resumed = run(range(3, 6), tmp_path / "part.pt", resume=True)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    before, denoiser = tiny()
+    assert torch.equal(whole["embedding"], before.embedding)
+    assert torch.equal(whole["head"], before.head)
+    assert torch.equal(whole["mean"], denoiser.mean)
+    for name in ("blocks.1.wqkv", "norm", "w_in", "w_out"):
+        assert not torch.equal(whole[name], {**before.state_dict(), **denoiser.state_dict()}[name]), name
+
+
+def test_training_lowers_the_loss_behind_noise():
+    transformer, denoiser = tiny()
+    trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=30, lr=2e-2, warmup=2)
+    nats = [trainer.step(step, *batch(0))[1].mean().item() for step in range(30)]
+    assert sum(nats[-5:]) < 0.9 * sum(nats[:5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "linear"}, "kind: expected one of flow, cosine, got 'linear'"),
+        ({"steps": 0}, "steps: expected >= 1, got 0"),
+        ({"rho": 0.0}, "rho: expected > 0, got 0.0"),
+        ({"least": 0.0}, r"least: expected a time in \(0, 1\], got 0.0"),
+    ],
+)
+def test_a_schedule_names_what_is_wrong(settings, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule(**settings)
