@@ -43,17 +43,15 @@ def test_what_was_saved_is_loaded_and_nothing_else_changes(untrained, folder):
 
 
 def test_without_noise_it_is_the_base_model_bit_for_bit(folder, engine):
-    """Before the fine-tuning, with every slot a token: images of `ar` and `maximal`, which read no noise."""
+    """Before the fine-tuning, with every slot a token: an image of a method that reads no noise."""
     tuned = Engine(folder, device="cpu", dtype=torch.float32)
-    for method in ("ar", "maximal"):
-        arguments = {"method": method, "window_size": 16, "output_type": "codes", "progress": False}
-        mine, base = (e.generate(PROMPTS[0], **arguments).token_ids for e in (tuned, engine))
-        assert torch.equal(mine, base)
+    mine, base = (e.generate(PROMPTS[0], window_size=32, output_type="codes").token_ids for e in (tuned, engine))
+    assert torch.equal(mine, base)
 
 
 def test_sjd2_draws_an_image_alone_as_in_a_batch(untrained):
     engine = Engine(untrained)
-    arguments = {"method": "sjd2", "window_size": 8, "steps": 2, "output_type": "codes", "progress": False}
+    arguments = {"method": "sjd2", "window_size": 32, "steps": 2, "output_type": "codes", "progress": False}
     for verify in ("clean", "paper"):
         both = engine.generate(PROMPTS, seed=[3, 4], verify=verify, **arguments)
         alone = engine.generate(PROMPTS[1], seed=4, verify=verify, **arguments)
