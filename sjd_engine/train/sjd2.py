@@ -104,7 +104,7 @@ def losses(
     hidden = hidden.gather(1, predicting[..., None].expand(-1, -1, hidden.shape[-1]))
     targets = torch.cat((codes, codes[:, 1:]), 1)
     nats = F.cross_entropy(image_logits(transformer, hidden).flatten(0, 1), targets.flatten(), reduction="none")
-    return nats.view_as(targets).split((num_tokens, num_tokens - 1), 1)  # type: ignore[return-value]
+    return nats.view_as(targets).split((num_tokens, num_tokens - 1), 1)
 
 
 def visible_slots(starts: Tensor, first: Tensor, width: int) -> Tensor:
