@@ -263,7 +263,7 @@ class JacobiDecoder:
             seeds=self._seeds,
             reuse_threshold=self._reuse_threshold,
             acceptance=self._acceptance,
-            most_accepted=None if self._drafter is None else self._drafter.most_accepted,
+            most_accepted=getattr(self._drafter, "most_accepted", None),
             **self.warp_arguments,
         )
         self.window_size = next_window_size

@@ -79,13 +79,8 @@ class Drafts:
 
 
 class Drafter(Protocol):
-    """Draws drafts anew between two passes.
-
-    most_accepted: [B] int64, drafts that the next pass may accept; None for all of them.
-    """
-
-    @property
-    def most_accepted(self) -> Tensor | None: ...
+    """Draws drafts anew between two passes. One with an attribute `most_accepted`, [B] int64, limits the drafts that the
+    next pass may accept; see `kernels.reference.verify`."""
 
     def __call__(self, drafts: Drafts) -> None:
         """No sync with the device, and the same shapes in every call for a window: CUDA graphs capture it."""
@@ -105,7 +100,6 @@ class RowAbove:
     """
 
     MOST = 8
-    most_accepted = None
 
     def __init__(self, batch_size: int, max_window_size: int, vocab_size: int, grid: ops.Grid):
         self._rows_apart = rows_apart(grid)

@@ -56,8 +56,6 @@ class EagleDrafter:
     Source: see `sjd_engine.models.draft_head`.
     """
 
-    most_accepted = None
-
     def __init__(
         self,
         model: ImageModel,
