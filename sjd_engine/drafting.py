@@ -79,7 +79,7 @@ class Drafts:
 
 
 class Drafter(Protocol):
-    """Draws drafts anew between two passes. One with an attribute `most_accepted`, [B] int64, limits the drafts that the
+    """Draws drafts anew between two passes. One with an attribute `most_accepted`, [B] int64, limits how many drafts the
     next pass may accept; see `kernels.reference.verify`."""
 
     def __call__(self, drafts: Drafts) -> None:
