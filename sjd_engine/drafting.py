@@ -79,8 +79,10 @@ class Drafts:
 
 
 class Drafter(Protocol):
-    """Draws drafts anew between two passes. One with an attribute `most_accepted`, [B] int64, limits how many drafts the
-    next pass may accept; see `kernels.reference.verify`."""
+    """Draws drafts anew between two passes.
+
+    One that has an attribute `most_accepted`, [B] int64, limits the drafts that the next pass may accept.
+    """
 
     def __call__(self, drafts: Drafts) -> None:
         """No sync with the device, and the same shapes in every call for a window: CUDA graphs capture it."""
