@@ -76,7 +76,8 @@ class Denoiser(nn.Module):
         schedule: of the noise, with the number of levels that decoding takes unless it is told another.
 
     Attributes:
-        mean, std: [hidden], of the image rows of the token embedding that the noise is relative to.
+        mean, std: [hidden], of the image rows of the token embedding that the noise is relative to; 0 and 1 without
+            normalisation.
     """
 
     def __init__(self, hidden_size: int, schedule: NoiseSchedule):
@@ -90,11 +91,17 @@ class Denoiser(nn.Module):
         self.b_out = nn.Parameter(torch.empty(hidden_size))
 
     @classmethod
-    def new(cls, image_embeddings: Tensor, schedule: NoiseSchedule, seed: int = 0) -> "Denoiser":
-        """Untrained, for the image rows [V, hidden] of a token embedding."""
+    def new(
+        cls, image_embeddings: Tensor, schedule: NoiseSchedule, seed: int = 0, *, normalise: bool = True
+    ) -> "Denoiser":
+        """Untrained, for the image rows [V, hidden] of a token embedding; without `normalise` the noise is as large for
+        every model, whatever its embeddings are."""
         denoiser = cls(image_embeddings.shape[1], schedule)
         rows = image_embeddings.float()
         denoiser.mean.data, denoiser.std.data = rows.mean(0), rows.std(0, correction=0).clamp_min(1e-6)
+        if not normalise:
+            denoiser.mean.data.zero_()
+            denoiser.std.data.fill_(1)
         generator = torch.Generator().manual_seed(seed)
         denoiser.w_in.data.normal_(0, (2 * FREQUENCIES) ** -0.5, generator=generator)
         for zero in (denoiser.b_in, denoiser.w_out, denoiser.b_out):

@@ -69,6 +69,12 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     parser.add_argument("--evaluate-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument(
+        "--normalise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="noise relative to mean and deviation of the embeddings; say it again with --export",
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
 
@@ -76,7 +82,8 @@ def main() -> None:
     model = load_model(args.model, torch.device("cpu"), torch.bfloat16)
     transformer = model.transformer
     transformer.cos, transformer.sin = transformer.cos.clone(), transformer.sin.clone()  # torch.compile: cast in place
-    denoiser = Denoiser.new(transformer.embedding[model.first_code :][: model.num_codes], NoiseSchedule(), args.seed)
+    rows = transformer.embedding[model.first_code :][: model.num_codes]
+    denoiser = Denoiser.new(rows, NoiseSchedule(), args.seed, normalise=args.normalise)
     trainer = Trainer(
         transformer,
         denoiser,

@@ -79,6 +79,14 @@ def test_before_training_clean_tokens_are_read_as_the_base_model_does():
     assert (noisy - quiet).abs().max() > 0.1
 
 
+def test_without_normalisation_noise_is_added_to_the_embedding_itself():
+    rows = tiny()[0].embedding[-CODES:].detach()
+    normal, plain = (Denoiser.new(rows, NoiseSchedule(), normalise=normalise) for normalise in (True, False))
+    assert torch.equal(plain.normalise(rows), rows)
+    assert torch.equal(plain(rows, torch.ones(CODES)), rows)
+    assert normal.normalise(rows).square().mean().sub(1).abs() < 1e-5
+
+
 def run(steps: range, path: Path, *, resume: bool) -> dict[str, Tensor]:
     transformer, denoiser = tiny()
     trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=6, lr=1e-2, warmup=2)
