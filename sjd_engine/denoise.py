@@ -119,6 +119,9 @@ class Denoiser(nn.Module):
         waves = torch.cat((angles.sin(), angles.cos()), -1)
         return F.linear(F.silu(F.linear(waves, self.w_in, self.b_in)), self.w_out, self.b_out)
 
-    def forward(self, noisy: Tensor, times: Tensor) -> Tensor:
-        """noisy [..., hidden] at times [...] -> [..., hidden] float32, what the transformer reads."""
+    def forward(self, embeddings: Tensor, eps: Tensor, times: Tensor) -> Tensor:
+        """Token embeddings [..., hidden] under noise eps [..., hidden] at times [...] -> [..., hidden] float32, what
+        the transformer reads."""
+        alpha, sigma = (part[..., None] for part in self.schedule.mixture(times))
+        noisy = alpha * self.normalise(embeddings) + sigma * eps
         return noisy * self.std + self.mean + self.encode(times)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoints import load_checkpoint, save_checkpoint
 from data import CANVAS, training_folder
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from sjd_engine.models import load_model
 from sjd_engine.models.block import Pass, Transformer
 from sjd_engine.models.draft_head import FILE, DraftHead
 from sjd_engine.ops import layer_ops
+from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 from sjd_engine.train.whole_sequence import WholeSequence, image_logits
 
 NULL_CAPTION_RATE = 0.3  # guidance reads the law without a caption as often as the one with

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoints import load_checkpoint, save_checkpoint
 from data import Compositor, held_out_concept, load_glyphs, sampling_weight
 from torch import Tensor, nn
 
 from sjd_engine.models.detokenizers.fsq import FSQConfig, FSQDecoder, ResBlock
+from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 
 
 class FSQEncoder(nn.Module):

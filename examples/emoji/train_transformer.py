@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoints import load_checkpoint, save_checkpoint
 from data import CANVAS, Compositor, load_glyphs, training_folder
 from prepare import BACKGROUNDS, MAX_PROMPT_TOKENS, TEXT_VOCAB_SIZE
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
+
+from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 
 NUM_CODES = 1000
 NULL_CAPTION_RATE = 0.1

@@ -9,8 +9,7 @@ its segment and the noisy ones of its segment up to itself: a window as decoding
 segment. The loss is the cross-entropy of the clean next token, in both copies.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +17,20 @@ from torch import Tensor, nn
 
 from sjd_engine.denoise import Denoiser
 from sjd_engine.models.block import Transformer
-from sjd_engine.models.fine_tuned import trained_parameters
+from sjd_engine.train.pictures import Batch, Pictures, embedding_rows
 from sjd_engine.train.whole_sequence import hidden_states, image_logits
 
 SHORTEST, LONGEST = 4, 64  # slots of a segment
 ONLY_NOISE = 0.25  # share of the segments that have just entered a window
+NO_TARGET = -100
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Batch):
     """The noise of a batch.
 
-    starts: [B, N] int64, the slot that each slot's segment begins with. times: [B, N] in (0, 1], t of each slot.
-    eps: [B, N, hidden] float32.
+    starts: [B, N] int64, the slot that each slot's segment begins with. times: [B, N] in [0, 1], t of each slot; a slot
+    at 0 holds its token. eps: [B, N, hidden] float32.
     """
 
     starts: Tensor
@@ -52,6 +52,10 @@ class Noise:
         times = torch.where(entering < ONLY_NOISE, 1.0, times)
         return cls(starts, times, torch.randn(batch_size, num_slots, hidden_size, generator=generator))
 
+    def without(self, slots: Tensor) -> "Noise":
+        """None in `slots`, [B, N] bool."""
+        return replace(self, times=self.times.masked_fill(slots, 0))
+
 
 def segment_starts(num_slots: int, generator: torch.Generator) -> Tensor:
     """[N] int64."""
@@ -72,39 +76,56 @@ def sort_in_segments(values: Tensor, starts: Tensor) -> Tensor:
     return (values + starts).sort(1).values - starts
 
 
-def losses(
-    transformer: Transformer,
-    denoiser: Denoiser,
-    noise: Noise,
-    ids: Tensor,
-    first: Tensor,
-    codes: Tensor,
-    first_code: int,
-) -> tuple[Tensor, Tensor]:
-    """Nats of the next token: ([B, T] behind clean tokens, [B, T - 1] behind noisy ones).
+class Losses(nn.Module):
+    """Nats of the next token. A module, whose parts can be shared among processes.
 
     Args:
-        noise: of T - 1 slots.
-        ids: [B, P] int64 rows of the embedding: prompts, their image tokens but the last, and anything.
-        first: [B] int64, the slot of `ids` that predicts the first image token.
-        codes: [B, T] int64.
+        transformer: in its own dtype.
+        denoiser: for its image embeddings.
         first_code: row of image code 0.
+        gradient_checkpointing: keep nothing from inside the blocks; the backward pass computes them again.
     """
-    num_tokens, width = codes.shape[1], ids.shape[1]
-    slots = torch.arange(num_tokens - 1)
-    clean = F.embedding(ids, transformer.embedding)
-    alpha, sigma = (part[..., None] for part in denoiser.schedule.mixture(noise.times))
-    tokens = denoiser.normalise(F.embedding(codes[:, :-1] + first_code, transformer.embedding))
-    noisy = denoiser(alpha * tokens + sigma * noise.eps, noise.times)
-    x = torch.cat((clean.float(), noisy), 1).to(transformer.dtype)
-    noisy_positions = first[:, None] + 1 + slots
-    positions = torch.cat((torch.arange(width).expand(len(ids), -1), noisy_positions), 1)
-    hidden = hidden_states(transformer, x, positions, visible_slots(noise.starts, first, width))
-    predicting = torch.cat((first[:, None] + torch.arange(num_tokens), (width + slots).expand(len(ids), -1)), 1)
-    hidden = hidden.gather(1, predicting[..., None].expand(-1, -1, hidden.shape[-1]))
-    targets = torch.cat((codes, codes[:, 1:]), 1)
-    nats = F.cross_entropy(image_logits(transformer, hidden).flatten(0, 1), targets.flatten(), reduction="none")
-    return nats.view_as(targets).split((num_tokens, num_tokens - 1), 1)
+
+    def __init__(
+        self, transformer: Transformer, denoiser: Denoiser, first_code: int, *, gradient_checkpointing: bool = False
+    ):
+        super().__init__()
+        self.transformer, self.denoiser, self.first_code = transformer, denoiser, first_code
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def forward(self, noise: Noise, pictures: Pictures) -> tuple[Tensor, Tensor]:
+        """Behind clean tokens [B, T] and behind noisy ones [B, T - 1]; 0 for a forced token, which is not predicted.
+
+        Args:
+            noise: of T - 1 slots, none in those of forced tokens.
+            pictures: of T tokens.
+        """
+        transformer, ids, first, codes = self.transformer, pictures.ids, pictures.first, pictures.codes
+        num_codes, num_tokens, width = len(transformer.head), codes.shape[1], ids.shape[1]
+        columns, slots = (torch.arange(count, device=ids.device)[None] for count in (width, num_tokens - 1))
+        clean = F.embedding(ids.clamp_min(0), transformer.embedding)
+        if pictures.vectors is not None:
+            clean = torch.where((ids < 0)[..., None], pictures.vectors, clean)
+        tokens = F.embedding(embedding_rows(codes[:, :-1], self.first_code, num_codes), transformer.embedding)
+        noisy = torch.where((noise.times > 0)[..., None], self.denoiser(tokens, noise.eps, noise.times), tokens)
+        x = torch.cat((clean.float(), noisy), 1).to(transformer.dtype)
+        positions = torch.cat((columns.expand_as(ids), first[:, None] + 1 + slots), 1)
+        if pictures.start is not None:
+            positions = pictures.start[:, None] + positions
+        hidden = hidden_states(
+            transformer,
+            x,
+            positions.clamp_max(len(transformer.cos) - 1),  # only slots that hold anything are clamped
+            visible_slots(noise.starts, first, width),
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        predicting = torch.cat((first[:, None] + columns[:, :num_tokens], (width + slots).expand(len(ids), -1)), 1)
+        hidden = hidden.gather(1, predicting[..., None].expand(-1, -1, hidden.shape[-1]))
+        targets = torch.cat((codes, codes[:, 1:]), 1)
+        targets = targets.masked_fill(targets >= num_codes, NO_TARGET)
+        logits = image_logits(transformer, hidden)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=NO_TARGET)
+        return nats.view_as(targets).split((num_tokens, num_tokens - 1), 1)
 
 
 def visible_slots(starts: Tensor, first: Tensor, width: int) -> Tensor:
@@ -112,104 +133,13 @@ def visible_slots(starts: Tensor, first: Tensor, width: int) -> Tensor:
 
     Args:
         starts: [B, T - 1], see `Noise`.
-        first: [B], see `losses`.
+        first: [B], see `Pictures`.
         width: slots before the noisy ones.
     """
     batch_size, num_noisy = starts.shape
-    slots = torch.arange(num_noisy)
-    clean = torch.ones(width, width, dtype=torch.bool).tril().expand(batch_size, -1, -1)
-    before = torch.arange(width) <= (first[:, None] + starts)[..., None]
+    slots = torch.arange(num_noisy, device=first.device)
+    clean = slots.new_ones(width, width, dtype=torch.bool).tril().expand(batch_size, -1, -1)
+    before = torch.arange(width, device=first.device) <= (first[:, None] + starts)[..., None]
     own = (starts[:, :, None] == starts[:, None, :]) & (slots[:, None] >= slots)
-    blind = torch.zeros(batch_size, width, num_noisy, dtype=torch.bool)
+    blind = slots.new_zeros(batch_size, width, num_noisy, dtype=torch.bool)
     return torch.cat((torch.cat((clean, blind), 2), torch.cat((before, own), 2)), 1)
-
-
-class Trainer:
-    """Steps of the fine-tuning. What a step does depends on its number and its pictures alone, so a run that is resumed
-    from `state_dict` ends with the weights of one that was not interrupted.
-
-    The blocks, the final norm and the denoiser are trained; embedding and head stay, and so does what a token's
-    embedding is. float32 copies are optimised, matrices by Muon and the rest by AdamW.
-
-    Args:
-        transformer: trained in place, in its own dtype.
-        denoiser: trained in place. Times are drawn from all of (0, 1], for any number of levels.
-        first_code: row of image code 0.
-        num_steps: of the whole run.
-        lr: of both optimisers. It warms up, stays, and falls linearly over the last `decay` of the steps.
-        compile: the loss with torch.compile.
-    """
-
-    def __init__(
-        self,
-        transformer: Transformer,
-        denoiser: Denoiser,
-        first_code: int,
-        *,
-        num_steps: int,
-        lr: float,
-        warmup: int = 30,
-        decay: float = 0.5,
-        seed: int = 0,
-        compile: bool = False,
-    ):
-        self.transformer, self.denoiser, self.first_code = transformer, denoiser, first_code
-        self.num_steps, self.lr, self.warmup, self.decay, self.seed = num_steps, lr, warmup, decay, seed
-        encoding = [p for name, p in denoiser.named_parameters() if name not in ("mean", "std")]
-        self._parts = [*trained_parameters(transformer).values(), *encoding]
-        for part in self._parts:
-            part.requires_grad_()
-        self.copies = nn.ParameterList(nn.Parameter(part.detach().float().clone()) for part in self._parts)
-        matrices = [copy for copy in self.copies if copy.ndim == 2]
-        vectors = [copy for copy in self.copies if copy.ndim == 1]
-        self._optimizers = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(vectors, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-        )
-        self._losses = torch.compile(losses, dynamic=False) if compile else losses
-
-    def rate(self, step: int) -> float:
-        """Share of `lr` in a step."""
-        return min(1.0, (step + 1) / self.warmup, (self.num_steps - step) / (self.decay * self.num_steps))
-
-    def noise(self, step: int, codes: Tensor) -> Noise:
-        """That of a step."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        return Noise.sample(len(codes), codes.shape[1] - 1, self.transformer.config.hidden_size, generator)
-
-    def step(self, step: int, ids: Tensor, first: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step on the pictures of a batch, see `losses`.
-
-        Returns: nats behind clean tokens [B, T] and behind noisy ones [B, T - 1], and the times [B, T - 1] of these.
-        """
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * self.rate(step)
-        noise = self.noise(step, codes)
-        clean, noisy = self._losses(self.transformer, self.denoiser, noise, ids, first, codes, self.first_code)
-        (clean.mean() + noisy.mean()).backward()
-        for part, copy in zip(self._parts, self.copies, strict=True):
-            assert part.grad is not None
-            copy.grad, part.grad = part.grad.float(), None
-        nn.utils.clip_grad_norm_(self.copies, 1.0)
-        for optimizer in self._optimizers:
-            optimizer.step()
-        self._give_weights()
-        return clean.detach(), noisy.detach(), noise.times
-
-    @torch.no_grad()
-    def _give_weights(self) -> None:
-        for part, copy in zip(self._parts, self.copies, strict=True):
-            part.copy_(copy)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "copies": self.copies.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.copies.load_state_dict(state["copies"])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self._give_weights()

@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sjd_engine.models.block import Pass, Transformer
 from sjd_engine.models.linear import linear
@@ -32,18 +33,29 @@ class WholeSequence:
         return (scores.float().softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2).transpose(1, 2)
 
 
-def hidden_states(transformer: Transformer, x: Tensor, positions: Tensor, visible: Tensor | None = None) -> Tensor:
+def hidden_states(
+    transformer: Transformer,
+    x: Tensor,
+    positions: Tensor,
+    visible: Tensor | None = None,
+    *,
+    gradient_checkpointing: bool = False,
+) -> Tensor:
     """[B, N, hidden] before the final norm.
 
     Args:
         x: [B, N, hidden] embeddings.
         positions: [B, N] int64, rows of the position table.
         visible: see `WholeSequence`.
+        gradient_checkpointing: the backward pass computes every block again, from what it was given.
     """
     cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (transformer.cos, transformer.sin))
     run = Pass(WholeSequence(visible), x.shape[1], cos, sin, None, layer_ops(x))  # type: ignore[arg-type]
     for block in transformer.blocks:
-        x = block(x, run)
+        if gradient_checkpointing:
+            x = checkpoint(block, x, run, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, run)
     return x
 
 

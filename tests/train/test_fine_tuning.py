@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
-from sjd_engine.models.block import BlockConfig, Transformer
-from sjd_engine.train.sjd2 import Noise, Trainer, losses, visible_slots
+from sjd_engine.models.block import Block, BlockConfig, Pass, Transformer
+from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
+from sjd_engine.train.pictures import Pictures
+from sjd_engine.train.sjd2 import Losses, Noise, visible_slots
+from sjd_engine.train.trainer import Trainer
 
 VOCAB, CODES, TOKENS, PROMPT = 20, 12, 24, 5
 
@@ -32,7 +35,7 @@ def tiny() -> tuple[Transformer, Denoiser]:
     return transformer, Denoiser.new(transformer.embedding[-CODES:], NoiseSchedule())
 
 
-def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch(step: int) -> Pictures:
     """Two pictures, whose prompts have 3 and 5 tokens."""
     generator = torch.Generator().manual_seed(step)
     codes = torch.randint(CODES, (2, TOKENS), generator=generator)
@@ -40,7 +43,7 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     first = torch.tensor([2, 4])
     for row in range(2):
         ids[row, first[row] + 1 : first[row] + TOKENS] = codes[row, :-1] + VOCAB - CODES
-    return ids, first, codes
+    return Pictures(ids, first, codes)
 
 
 def test_noise_never_falls_along_a_segment():
@@ -63,17 +66,17 @@ def test_a_slot_reads_the_prompt_clean_tokens_before_its_segment_and_noise_befor
 
 def test_before_training_clean_tokens_are_read_as_the_base_model_does():
     """And tokens without noise in the noisy copy give the same laws."""
-    (transformer, denoiser), (ids, first, codes) = tiny(), batch(0)
+    (transformer, denoiser), pictures = tiny(), batch(0)
+    losses = Losses(transformer, denoiser, VOCAB - CODES)
     noise = Noise.sample(2, TOKENS - 1, 16, torch.Generator().manual_seed(0))
-    clean, noisy = losses(transformer, denoiser, noise, ids, first, codes, VOCAB - CODES)
+    clean, noisy = losses(noise, pictures)
     for row, prompt in enumerate((3, 5)):
-        whole = ids[row : row + 1, : prompt + TOKENS - 1]
+        whole = pictures.ids[row : row + 1, : prompt + TOKENS - 1]
         hidden = transformer(transformer.embed(whole), transformer.new_cache(1, whole.shape[1]))
         law = transformer.logits(hidden[:, prompt - 1 :]).log_softmax(-1)
-        nats = -law.gather(-1, codes[row, None, :, None]).flatten()
+        nats = -law.gather(-1, pictures.codes[row, None, :, None]).flatten()
         torch.testing.assert_close(clean[row], nats, rtol=0, atol=1e-5)
-    still = Noise(noise.starts, torch.zeros_like(noise.times), noise.eps)
-    again, quiet = losses(transformer, denoiser, still, ids, first, codes, VOCAB - CODES)
+    again, quiet = losses(noise.without(torch.ones(2, TOKENS - 1, dtype=torch.bool)), pictures)
     torch.testing.assert_close(quiet, clean[:, 1:], rtol=0, atol=1e-5)
     assert torch.equal(again, clean)
     assert (noisy - quiet).abs().max() > 0.1
@@ -83,17 +86,17 @@ def test_without_normalisation_noise_is_added_to_the_embedding_itself():
     rows = tiny()[0].embedding[-CODES:].detach()
     normal, plain = (Denoiser.new(rows, NoiseSchedule(), normalise=normalise) for normalise in (True, False))
     assert torch.equal(plain.normalise(rows), rows)
-    assert torch.equal(plain(rows, torch.ones(CODES)), rows)
+    assert torch.equal(plain(rows, torch.ones(CODES, 16), torch.zeros(CODES)), rows)
     assert normal.normalise(rows).square().mean().sub(1).abs() < 1e-5
 
 
-def run(steps: range, path: Path, *, resume: bool) -> dict[str, Tensor]:
+def run(steps: range, path: Path, *, resume: bool, **settings: bool) -> dict[str, Tensor]:
     transformer, denoiser = tiny()
-    trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=6, lr=1e-2, warmup=2)
+    trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=6, lr=1e-2, warmup=2, **settings)
     if resume:
         trainer.load_state_dict(torch.load(path, weights_only=True))
     for step in steps:
-        trainer.step(step, *batch(step))
+        trainer.step(step, batch(step))
     torch.save(trainer.state_dict(), path)
     return {**transformer.state_dict(), **denoiser.state_dict()}
 
@@ -112,10 +115,43 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
         assert not torch.equal(whole[name], {**before.state_dict(), **denoiser.state_dict()}[name]), name
 
 
+def test_a_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    path, part = tmp_path / "model.pt", torch.nn.Linear(2, 2)
+    assert load_checkpoint(path, part) == 0
+    save_checkpoint(path, 5, part)
+    saved = part.weight.clone()
+    part.weight.data.zero_()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, 6, part)
+    assert load_checkpoint(path, part) == 5
+    assert torch.equal(part.weight, saved)
+
+
+def test_gradient_checkpointing_computes_blocks_again_and_gives_the_same_weights(tmp_path, monkeypatch):
+    computed, forward = [], Block.forward
+
+    def counted(block: Block, x: Tensor, run: Pass) -> Tensor:
+        computed.append(block.layer)
+        return forward(block, x, run)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    kept = run(range(2), tmp_path / "part.pt", resume=False)
+    assert computed == 2 * [0, 1]
+    again = run(range(2), tmp_path / "part.pt", resume=False, gradient_checkpointing=True)
+    assert computed[4:] == 2 * [0, 1, 1, 0]
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, again[name]), name
+
+
 def test_training_lowers_the_loss_behind_noise():
     transformer, denoiser = tiny()
     trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=30, lr=2e-2, warmup=2)
-    nats = [trainer.step(step, *batch(0))[1].mean().item() for step in range(30)]
+    nats = [trainer.step(step, batch(0))[1].mean().item() for step in range(30)]
     assert sum(nats[-5:]) < 0.9 * sum(nats[:5])
 
 

@@ -1,0 +1,116 @@
+"""A fine-tuning for SJD2 from its arguments to its export, whatever the pictures come from."""
+
+import time
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import trange
+
+from sjd_engine.denoise import Denoiser, NoiseSchedule
+from sjd_engine.models import ImageModel
+from sjd_engine.models.fine_tuned import save_fine_tuned
+from sjd_engine.train import log
+from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
+from sjd_engine.train.pictures import Pictures
+from sjd_engine.train.sharding import rank
+from sjd_engine.train.trainer import Trainer
+
+CHECKPOINT, LOG = "sjd2.pt", "sjd2.jsonl"
+
+
+def add_arguments(parser: ArgumentParser, *, batch_size: int, lr: float) -> None:
+    """Those of every fine-tuning, with the defaults that differ."""
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of the checkpoint, and end")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the log, and end")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--warmup", type=int, default=30)
+    parser.add_argument("--decay", type=float, default=0.5, help="share of the steps over which the rate falls to 0")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--evaluate-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument(
+        "--normalise",
+        action=BooleanOptionalAction,
+        default=True,
+        help="noise relative to mean and deviation of the embeddings; say it again with --export",
+    )
+    parser.add_argument("--compile", action=BooleanOptionalAction, default=False)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
+
+
+def run(
+    model: ImageModel,
+    args: Namespace,
+    base: str,
+    batch: Callable[[int], Pictures],
+    held_out: Callable[[], Iterable[Pictures]],
+) -> None:
+    """Train `model` from the checkpoint in `args.out` on, or export or draw what is there.
+
+    Args:
+        args: of `add_arguments`, and `out`, the folder of checkpoint and log.
+        base: name of the model, see `save_fine_tuned`.
+        batch: step -> its pictures, as many in every step; a resumed run asks for the same.
+        held_out: batches that are not trained on.
+    """
+    transformer, device = model.transformer, model.device
+    if args.compile:  # `Transformer.cast` changed them in place, which torch.compile refuses
+        transformer.cos, transformer.sin = transformer.cos.clone(), transformer.sin.clone()
+    rows = transformer.embedding[model.first_code :][: model.num_codes]
+    denoiser = Denoiser.new(rows, NoiseSchedule(), args.seed, normalise=args.normalise).to(device)
+    trainer = Trainer(
+        transformer,
+        denoiser,
+        model.first_code,
+        num_steps=args.steps,
+        lr=args.lr,
+        warmup=args.warmup,
+        decay=args.decay,
+        seed=args.seed,
+        compile=args.compile,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / CHECKPOINT
+    start = load_checkpoint(path, trainer)
+    if args.export:
+        if not start:
+            raise SystemExit(f"--export: expected a checkpoint, got no {path}; train first")
+        model.denoiser = denoiser
+        save_fine_tuned(model, args.export, base)
+        return
+    train(trainer, args, start, batch, held_out)
+
+
+def train(
+    trainer: Trainer,
+    args: Namespace,
+    start: int,
+    batch: Callable[[int], Pictures],
+    held_out: Callable[[], Iterable[Pictures]],
+) -> None:
+    """Steps `start` to the last, with a bar, a log and checkpoints; see `run`."""
+    start_time, recent = time.perf_counter(), []
+    with trange(start, args.steps, initial=start, total=args.steps, disable=rank() > 0) as bar:
+        for step in bar:
+            number, last = step + 1, step + 1 == args.steps
+            recent.append(trainer.step(step, batch(step)))
+            entry: dict[str, Any] = {}
+            if number % args.log_every == 0:
+                clean, noisy, times = (torch.cat(parts) for parts in zip(*recent, strict=True))
+                entry, recent = log.summary(clean, noisy, times), []
+                bar.set_postfix(clean=log.mean(clean), noisy=log.mean(noisy))
+            if number % args.evaluate_every == 0 or last:
+                entry |= log.summary(*trainer.evaluate(held_out()), prefix="held_out_")
+            if entry:
+                seconds = round(time.perf_counter() - start_time, 1)
+                entry = {"step": number, "rate": trainer.rate(step), "seconds": seconds, **entry}
+                log.append(args.out / LOG, entry)
+            if number % args.save_every == 0 or last:
+                save_checkpoint(args.out / CHECKPOINT, number, trainer)
