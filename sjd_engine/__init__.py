@@ -1,5 +1,6 @@
 """Lossless speculative Jacobi decoding for autoregressive image models."""
 
+from sjd_engine import hf
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.engine import Engine
 from sjd_engine.errors import CheckpointError, SJDError
@@ -23,4 +24,5 @@ __all__ = [
     "StepInfo",
     "StreamEvent",
     "__version__",
+    "hf",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sjd_engine import graph
@@ -30,9 +30,11 @@ class Engine:
     """Text to images on one model, with any of the decoding methods.
 
     Args:
-        model: "emoji" (bundled), a checkpoint folder, or a loaded ImageModel.
-        device: None takes CUDA where there is one, else the CPU.
-        dtype: of the transformer; None takes bfloat16 where the device computes in it, else float32.
+        model: "emoji" (bundled), a checkpoint folder, a loaded ImageModel, or a model that transformers has loaded from
+            a checkpoint of a known family, whose weights are copied.
+        device: None takes CUDA where there is one, else the CPU; for a model of transformers its own.
+        dtype: of the transformer; None takes bfloat16 where the device computes in it, else float32; for a model of
+            transformers its own.
         max_batch_size: images decoded together; more wait, and each begins when another is complete.
         batch_invariant: an image is bit for bit the same alone and in any batch, at the price of one transformer call
             for each image of a pass. None takes it in float32, where reproducing an image is worth it. Without it the
@@ -53,7 +55,7 @@ class Engine:
 
     def __init__(
         self,
-        model: str | Path | ImageModel = "emoji",
+        model: str | Path | ImageModel | nn.Module = "emoji",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from sjd_engine.models import ImageModel, load_model
+from sjd_engine.models import ImageModel, load_from_transformers, load_model
 from sjd_engine.models.linear import Matrix
 from sjd_engine.pack import computes_bfloat16, pack
 from sjd_engine.parallel import share
@@ -14,7 +15,7 @@ QUANTIZATIONS = ("int8",)
 
 
 def load(
-    model: str | Path | ImageModel,
+    model: str | Path | ImageModel | nn.Module,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     *,
@@ -22,21 +23,28 @@ def load(
     tensor_parallel: bool = False,
 ) -> ImageModel:
     """A model ready to run; see `Engine` for the arguments. A loaded ImageModel is changed, and stays on its device.
+    Of a model of transformers the weights are copied, by default to its own device and in its own dtype.
 
     Raises: CheckpointError where it cannot be read; ValueError, TypeError for bad arguments; RuntimeError for
         tensor_parallel without a process group.
     """
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization: expected {', '.join(QUANTIZATIONS)} or None, got {quantization!r}")
+    # What is cut or stored in 8 bits need not fit on the device as the files have it.
+    first = torch.device("cpu") if tensor_parallel or quantization else None
     if isinstance(model, ImageModel):
         chosen, loaded = model.device, model
     elif isinstance(model, str | Path):
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # What is cut or stored in 8 bits need not fit on the device as the files have it.
-        first = torch.device("cpu") if tensor_parallel or quantization else chosen
-        loaded = load_model(model, first, dtype or default_dtype(chosen))
+        loaded = load_model(model, first or chosen, dtype or default_dtype(chosen))
+    elif isinstance(model, nn.Module) and hasattr(model, "name_or_path"):  # transformers' own name for where it was
+        parameter = next(model.parameters())
+        chosen = torch.device(device or parameter.device)
+        loaded = load_from_transformers(model, first or chosen, dtype or parameter.dtype)
     else:
-        raise TypeError(f"model: expected a name, a checkpoint folder or an ImageModel, got {model!r}")
+        raise TypeError(
+            f"model: expected a name, a checkpoint folder, an ImageModel or a model of transformers, got {model!r}"
+        )
     if (quantization or tensor_parallel) and any(isinstance(part, Matrix) for part in loaded.transformer.modules()):
         raise ValueError("quantization, tensor_parallel: an engine has stored this model in its own way; load it again")
     if tensor_parallel:

@@ -16,7 +16,7 @@ LEVELS = [
     {"sjd_engine.ops", "sjd_engine.sampling", "sjd_engine.methods", "sjd_engine.images"},
     {"sjd_engine.schedule", "sjd_engine.kv_cache", "sjd_engine.denoise"},
     {"sjd_engine.drafting"},
-    {"sjd_engine.decoder", "sjd_engine.models", "sjd_engine.zipar"},
+    {"sjd_engine.decoder", "sjd_engine.models", "sjd_engine.zipar", "sjd_engine.hf_cache"},
     {"sjd_engine.sjd2"},
     {"sjd_engine.outputs", "sjd_engine.request", "sjd_engine.parallel", "sjd_engine.quantize", "sjd_engine.pack"},
     {"sjd_engine.loading"},
@@ -24,7 +24,7 @@ LEVELS = [
     {"sjd_engine.batch"},
     {"sjd_engine.scheduler"},
     {"sjd_engine.engine"},
-    {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing"},
+    {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing", "sjd_engine.hf"},
     {"sjd_engine.lossless"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -4,15 +4,16 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sjd_engine.errors import CheckpointError
 from sjd_engine.models import hub
 from sjd_engine.models.base import ImageModel
-from sjd_engine.models.checkpoint import Checkpoint
+from sjd_engine.models.checkpoint import Checkpoint, LoadedModel
 from sjd_engine.models.draft_head import load_draft_head
 from sjd_engine.models.fine_tuned import base_of, fine_tune
 
-__all__ = ["ImageModel", "load_model"]
+__all__ = ["ImageModel", "load_from_transformers", "load_model"]
 
 BUNDLED = {"emoji"}
 
@@ -51,6 +52,23 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype) -> Im
 
 def load_base(name: str | Path, path: Path, device: torch.device, dtype: torch.dtype) -> ImageModel:
     """Load a checkpoint that lies at `path` and has everything. Raises: see `load_model`."""
+    return read(Checkpoint(path, None if Path(name).exists() else str(name)), device, dtype)
+
+
+def load_from_transformers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> ImageModel:
+    """The family's own model with the weights of one that transformers has loaded, which are copied; the tokenizer is
+    read where that was loaded from. Raises: CheckpointError where that is unknown, or of no known family."""
+    origin = str(getattr(model, "name_or_path", ""))
+    if not origin:
+        raise CheckpointError(
+            f"model: {type(model).__name__} was not loaded from a checkpoint, so that its tokenizer is unknown; set "
+            "model.name_or_path to a folder that holds it"
+        )
+    return read(LoadedModel(model, checkpoint_folder(origin)), device, dtype)
+
+
+def read(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> ImageModel:
+    """The model of a checkpoint. Raises: CheckpointError where it is of no known family, or damaged."""
     # Here, since tokenizers and detokenizers would make the package slow to import.
     from sjd_engine.models.anole import AnoleModel
     from sjd_engine.models.emoji import EmojiModel
@@ -62,7 +80,6 @@ def load_base(name: str | Path, path: Path, device: torch.device, dtype: torch.d
 
     # The first that matches takes a checkpoint: Anole before Lumina-mGPT, whose files differ in little.
     families = (EmojiModel, AnoleModel, LuminaModel, JanusModel, SimpleARModel, LlamaGenModel, Emu3Model)
-    checkpoint = Checkpoint(path, None if Path(name).exists() else str(name))
     for family in families:
         if family.matches(checkpoint):
             model = family(checkpoint, device, dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sjd_engine.errors import CheckpointError
 from sjd_engine.models.base import Defaults, Prompt
-from sjd_engine.models.chameleon import CONFIG, ChameleonModel
+from sjd_engine.models.chameleon import CONFIG, ChameleonModel, has_decoder
 from sjd_engine.models.checkpoint import INDEXES, Checkpoint, read_json
 from sjd_engine.models.weights import pair_halves
 from sjd_engine.sampling import SamplingParams
@@ -66,7 +66,7 @@ class AnoleModel(ChameleonModel):
             return checkpoint.family in (FAMILY, None)
         if checkpoint.config.get("model_type") != "chameleon" or "lumina" in checkpoint.name.lower():
             return False
-        return "anole" in checkpoint.name.lower() or "model.vqmodel.decoder.conv_in.weight" in checkpoint.shapes
+        return "anole" in checkpoint.name.lower() or has_decoder(checkpoint)
 
     def build_prompt(self, prompt: str, negative_prompt: str | None, height: int, width: int) -> Prompt:
         self.refuse_negative(negative_prompt)

@@ -65,10 +65,15 @@ class ChameleonModel(ImageModel):
         )
 
     def _load_detokenizer(self, checkpoint: Checkpoint) -> VQGANDecoder:
-        if any(key.startswith(f"{VQ_PREFIX}decoder.") for key in checkpoint.shapes):
-            return VQGANDecoder.from_tensors(checkpoint.part(VQ_PREFIX), checkpoint.path, l2_norm=False)
+        if has_decoder(checkpoint):
+            return VQGANDecoder.from_tensors(checkpoint.stored.part(VQ_PREFIX), checkpoint.path, l2_norm=False)
         for name in ("vqgan.ckpt", "tokenizer/vqgan.ckpt"):
             path = checkpoint.folder / name
             if path.exists():
                 return VQGANDecoder.from_tensors(read_tensors(path), path, l2_norm=False)
         raise CheckpointError(f"{checkpoint}: no vqgan.ckpt; put the tokenizer folder of Meta's Chameleon there")
+
+
+def has_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether a decoder of images is stored with the weights. transformers' class has none."""
+    return f"{VQ_PREFIX}decoder.conv_in.weight" in checkpoint.stored.shapes

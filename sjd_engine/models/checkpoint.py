@@ -54,6 +54,11 @@ class Checkpoint:
         """Every tensor's shape, from the files' headers. Raises: CheckpointError for missing or damaged files."""
         return {key: self._mapped(path)[key].shape for key, path in self._files.items()}
 
+    @property
+    def stored(self) -> "Checkpoint":
+        """What the files hold, should the tensors be those of a model in memory."""
+        return self
+
     def matrix_shape(self, key: str) -> tuple[int, int]:
         """(rows, columns) of a matrix. Raises: CheckpointError where it is missing or no matrix."""
         shape = self.shapes.get(key)
@@ -67,12 +72,15 @@ class Checkpoint:
 
         Raises: CheckpointError where it is not of floats.
         """
-        tensor = self._mapped(self._files[key])[key]
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(f"{self}: {key}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+        tensor = self._checked(key, self._mapped(self._files[key])[key])
         self._mapped_bytes += tensor.nbytes
         if self._mapped_bytes > MAPPED_BYTES:
             self.close()
+        return tensor
+
+    def _checked(self, key: str, tensor: Tensor) -> Tensor:
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{self}: {key}: expected float32, float16 or bfloat16, got {tensor.dtype}")
         return tensor
 
     def close(self) -> None:
@@ -118,6 +126,46 @@ class Checkpoint:
         if path not in self._open:
             self._open[path] = read_tensors(path)
         return self._open[path]
+
+
+class LoadedModel(Checkpoint):
+    """A model of transformers, read as if it were a checkpoint: config and tensors are those in memory. What such a
+    model does not hold, a tokenizer above all, lies in the folder that it was loaded from.
+
+    Args:
+        model: a transformers.PreTrainedModel.
+        folder: where it was loaded from.
+    """
+
+    def __init__(self, model: Any, folder: Path):
+        super().__init__(folder)
+        self._model = model
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self._model.config.to_dict()
+
+    @property
+    def stored(self) -> Checkpoint:
+        return Checkpoint(self.path)
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {key: tensor.shape for key, tensor in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        """A tensor of the model itself. Raises: CheckpointError where it is not of floats, or not in memory."""
+        tensor = self._checked(key, self._tensors[key])
+        if tensor.is_meta:
+            raise CheckpointError(f"{self}: {key} is offloaded; load the model without a device_map that does so")
+        return tensor
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): t for key, t in self._tensors.items() if key.startswith(prefix)}
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._model.state_dict()
 
 
 def read_json(path: Path) -> dict[str, Any]:
