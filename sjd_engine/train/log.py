@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sjd_engine.train.sharding import rank
+from sjd_engine.train.trainer import Nats
 
 BANDS = (0.0, 0.3, 0.6, 0.8, 0.999, 1.0)  # times
 
@@ -19,8 +20,9 @@ def append(path: Path, entry: dict[str, Any]) -> None:
             log.write(json.dumps(entry) + "\n")
 
 
-def summary(clean: Tensor, noisy: Tensor, times: Tensor, prefix: str = "") -> dict[str, Any]:
-    """Mean nats behind clean tokens, and behind noisy ones in each band of noise; see `Trainer.nats`."""
+def summary(nats: Nats, prefix: str = "") -> dict[str, Any]:
+    """Means, behind noisy tokens in each band of noise."""
+    clean, noisy, times = nats
     bands = [noisy[(times > low) & (times <= high)] for low, high in pairwise(BANDS)]
     return {f"{prefix}clean": mean(clean), f"{prefix}noisy": [mean(band) if len(band) else None for band in bands]}
 

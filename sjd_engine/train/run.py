@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import trange
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
@@ -16,7 +15,7 @@ from sjd_engine.train import log
 from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 from sjd_engine.train.pictures import Pictures
 from sjd_engine.train.sharding import rank
-from sjd_engine.train.trainer import Trainer
+from sjd_engine.train.trainer import Nats, Trainer, joined
 
 CHECKPOINT, LOG = "sjd2.pt", "sjd2.jsonl"
 
@@ -42,6 +41,7 @@ def add_arguments(parser: ArgumentParser, *, batch_size: int, lr: float) -> None
     )
     parser.add_argument("--compile", action=BooleanOptionalAction, default=False)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters; say it again with --export")
 
 
 def run(
@@ -75,6 +75,7 @@ def run(
         seed=args.seed,
         compile=args.compile,
         gradient_checkpointing=args.gradient_checkpointing,
+        lora=args.lora,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / CHECKPOINT
@@ -83,6 +84,7 @@ def run(
         if not start:
             raise SystemExit(f"--export: expected a checkpoint, got no {path}; train first")
         model.denoiser = denoiser
+        trainer.merge_adapters()
         save_fine_tuned(model, args.export, base)
         return
     train(trainer, args, start, batch, held_out)
@@ -96,18 +98,19 @@ def train(
     held_out: Callable[[], Iterable[Pictures]],
 ) -> None:
     """Steps `start` to the last, with a bar, a log and checkpoints; see `run`."""
-    start_time, recent = time.perf_counter(), []
+    start_time = time.perf_counter()
+    recent: list[Nats] = []
     with trange(start, args.steps, initial=start, total=args.steps, disable=rank() > 0) as bar:
         for step in bar:
             number, last = step + 1, step + 1 == args.steps
             recent.append(trainer.step(step, batch(step)))
             entry: dict[str, Any] = {}
             if number % args.log_every == 0:
-                clean, noisy, times = (torch.cat(parts) for parts in zip(*recent, strict=True))
-                entry, recent = log.summary(clean, noisy, times), []
-                bar.set_postfix(clean=log.mean(clean), noisy=log.mean(noisy))
+                nats, recent = joined(recent), []
+                entry = log.summary(nats)
+                bar.set_postfix(clean=log.mean(nats.clean), noisy=log.mean(nats.noisy))
             if number % args.evaluate_every == 0 or last:
-                entry |= log.summary(*trainer.evaluate(held_out()), prefix="held_out_")
+                entry |= log.summary(trainer.evaluate(held_out()), prefix="held_out_")
             if entry:
                 seconds = round(time.perf_counter() - start_time, 1)
                 entry = {"step": number, "rate": trainer.rate(step), "seconds": seconds, **entry}

@@ -125,7 +125,8 @@ class Losses(nn.Module):
         targets = targets.masked_fill(targets >= num_codes, NO_TARGET)
         logits = image_logits(transformer, hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=NO_TARGET)
-        return nats.view_as(targets).split((num_tokens, num_tokens - 1), 1)
+        clean, noisy = nats.view_as(targets).split((num_tokens, num_tokens - 1), 1)
+        return clean.clone(), noisy.clone()  # FSDP's hooks hang on what is returned, and a view may lose them
 
 
 def visible_slots(starts: Tensor, first: Tensor, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Fine-tuning for SJD2: its noise, which slots read which, and runs that are interrupted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,11 @@ def batch(step: int) -> Pictures:
     return Pictures(ids, first, codes)
 
 
+def noise_of(seed: int) -> Noise:
+    """For `batch`."""
+    return Noise.sample(2, TOKENS - 1, 16, torch.Generator().manual_seed(seed))
+
+
 def test_noise_never_falls_along_a_segment():
     noise = Noise.sample(50, 255, 4, torch.Generator().manual_seed(0))
     inside = noise.starts[:, 1:] == noise.starts[:, :-1]
@@ -68,7 +74,7 @@ def test_before_training_clean_tokens_are_read_as_the_base_model_does():
     """And tokens without noise in the noisy copy give the same laws."""
     (transformer, denoiser), pictures = tiny(), batch(0)
     losses = Losses(transformer, denoiser, VOCAB - CODES)
-    noise = Noise.sample(2, TOKENS - 1, 16, torch.Generator().manual_seed(0))
+    noise = noise_of(0)
     clean, noisy = losses(noise, pictures)
     for row, prompt in enumerate((3, 5)):
         whole = pictures.ids[row : row + 1, : prompt + TOKENS - 1]
@@ -90,7 +96,7 @@ def test_without_normalisation_noise_is_added_to_the_embedding_itself():
     assert normal.normalise(rows).square().mean().sub(1).abs() < 1e-5
 
 
-def run(steps: range, path: Path, *, resume: bool, **settings: bool) -> dict[str, Tensor]:
+def run(steps: range, path: Path, *, resume: bool, **settings: Any) -> dict[str, Tensor]:
     transformer, denoiser = tiny()
     trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=6, lr=1e-2, warmup=2, **settings)
     if resume:
@@ -148,10 +154,41 @@ def test_gradient_checkpointing_computes_blocks_again_and_gives_the_same_weights
         assert torch.equal(tensor, again[name]), name
 
 
+def test_adapters_change_nothing_until_they_are_trained_and_merge_into_what_they_do():
+    pytest.importorskip("peft")
+    (transformer, denoiser), (before, _) = tiny(), tiny()
+    losses, noise = Losses(transformer, denoiser, VOCAB - CODES), noise_of(0)
+    base = losses(noise, batch(0))[0]
+    trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=3, lr=1e-2, warmup=1, lora=2)
+    assert torch.equal(losses(noise, batch(0))[0], base)
+    for step in range(3):
+        trainer.step(step, batch(step))
+    adapted = losses(noise, batch(0))[0]
+    assert (adapted - base).abs().max() > 1e-3
+    trainer.merge_adapters()
+    assert torch.equal(losses(noise, batch(0))[0], adapted)
+    changed = {name for name, p in transformer.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed == {f"blocks.{layer}.{name}" for layer in range(2) for name in ("wqkv", "wo", "w_gate_up", "w_down")}
+
+
+def test_an_interrupted_run_of_adapters_ends_with_the_same_weights(tmp_path):
+    pytest.importorskip("peft")
+    whole = run(range(4), tmp_path / "whole.pt", resume=False, lora=2)
+    run(range(2), tmp_path / "part.pt", resume=False, lora=2)
+    resumed = run(range(2, 4), tmp_path / "part.pt", resume=True, lora=2)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_adapters_need_a_rank():
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="lora: expected a rank >= 1, got 0"):
+        Trainer(*tiny(), VOCAB - CODES, num_steps=1, lr=1e-2, lora=0)
+
+
 def test_training_lowers_the_loss_behind_noise():
     transformer, denoiser = tiny()
     trainer = Trainer(transformer, denoiser, VOCAB - CODES, num_steps=30, lr=2e-2, warmup=2)
-    nats = [trainer.step(step, batch(0))[1].mean().item() for step in range(30)]
+    nats = [trainer.step(step, batch(0)).noisy.mean().item() for step in range(30)]
     assert sum(nats[-5:]) < 0.9 * sum(nats[:5])
 
 
