@@ -1,4 +1,4 @@
-"""The command line: `sjd generate`, `sjd convert`, `sjd doctor`.
+"""The command line: `sjd generate`, `sjd serve`, `sjd convert`, `sjd doctor`.
 
 Exit status 0, 2 (bad arguments) or 1 (failure, nothing written).
 """
@@ -98,6 +98,42 @@ def generate(
             f"{path}: {method}, {stats.num_tokens} tokens in {stats.nfe} passes (NFE), "
             f"{stats.step_compression:.2f} tokens a pass, {stats.seconds:.2f} s"
         )
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="'emoji' or a checkpoint folder.")] = "emoji",
+    host: Annotated[str, typer.Option(help="Address to listen at; the default is reached from this machine alone.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="SJD_API_KEY", help="Asked for on every route but /health."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Of requests that name none.")] = "maximal",
+    window: Annotated[int | None, typer.Option(help="Of requests that name none; default: the model's.")] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Images decoded together.")] = 8,
+    max_waiting: Annotated[int, typer.Option(help="Images that may wait beside them; more get status 429.")] = 64,
+    request_timeout: Annotated[float, typer.Option(help="Seconds of a request, waiting included.")] = 300.0,
+    batch_invariant: Annotated[
+        bool | None, typer.Option(help="Images bit for bit those of their seeds alone; default: in float32.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
+) -> None:
+    """Serve images over HTTP: OpenAI's images API, and a page to watch them appear."""
+    from sjd_engine.engine import Engine
+    from sjd_engine.serve import Settings, run
+
+    settings = Settings(
+        api_key=api_key,
+        max_waiting=max_waiting,
+        request_timeout=request_timeout,
+        method=method,
+        window_size=window,
+    )
+    engine = Engine(model, device=device, max_batch_size=max_batch_size, batch_invariant=batch_invariant)
+    run(engine, settings, host=host, port=port)
 
 
 @convert.command("cosmos")

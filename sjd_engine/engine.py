@@ -234,13 +234,15 @@ class Engine:
 
     def collect(self) -> list[Finished]:
         """The requests that have ended since the last call, with their images or the error that ended them."""
-        ended = [(number, job) for number, job in self._jobs.items() if job.done]
-        finished = []
-        for number, job in ended:
-            del self._jobs[number]
-            generation = None if job.error is not None else self._generation(job)
-            finished.append(Finished(number, generation, job.error))
-        return finished
+        ended = [number for number, job in self._jobs.items() if job.done]
+        return [self._finished(number, self._jobs.pop(number)) for number in ended]
+
+    def preview(self, request_id: int, index: int = 0) -> StreamEvent | None:
+        """Image `index` of a submitted request as far as it has come, as `stream` tells of it. None where the image has
+        not begun, or there is no such request, or it was collected already."""
+        job = self._jobs.get(request_id)
+        image = job.images[index] if job is not None and job.error is None else None
+        return self._event(image) if image is not None and image.begun else None
 
     def cancel(self, request_id: int) -> bool:
         """Give up a submitted request: its pages are free at once, and `collect` will not tell of it. False where there
@@ -284,6 +286,16 @@ class Engine:
                 self.scheduler.cancel(job)
         if job.error is not None:
             raise job.error
+
+    def _finished(self, number: int, job: Job) -> Finished:
+        """How a job has ended; images that cannot be made of its codes are an error of its own."""
+        generation, error = None, job.error
+        if error is None:
+            try:
+                generation = self._generation(job)
+            except Exception as failure:
+                error = failure
+        return Finished(number, generation, error)
 
     def _generation(self, job: Job) -> Generation:
         """The images of a job that is complete."""

@@ -1,5 +1,6 @@
 """Pixels: conversion and files."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +24,22 @@ def convert(pixels: Tensor, output_type: str) -> Any:
     return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
 
 
-def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any]) -> None:
-    """Write a PNG whole or not at all, with the recipe in its text chunks.
+def encode_png(image: Image.Image, recipe: Mapping[str, Any]) -> bytes:
+    """A PNG with the recipe in its text chunks.
 
     Args:
         recipe: JSON values; stored as JSON in "sjd_engine" and as the prompt line other tools read in "parameters".
-    Raises: OSError where the folder cannot be written.
     """
     info = PngImagePlugin.PngInfo()
     info.add_text("sjd_engine", json.dumps(recipe))
     settings = ", ".join(f"{key}: {value}" for key, value in recipe.items() if key != "prompt")
     info.add_text("parameters", f"{recipe.get('prompt', '')}\n{settings}")
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any]) -> None:
+    """Write a PNG whole or not at all, see `encode_png`. Raises: OSError where the folder cannot be written."""
     with written_whole(Path(path)) as file:
-        image.save(file, format="PNG", pnginfo=info)
+        file.write(encode_png(image, recipe))
