@@ -93,7 +93,7 @@ ParallelCompile("MAX_JOBS").install()
 setup(
     packages=[*find_packages(include=["sjd_engine*"]), "sjd_engine.kernels"],
     package_dir={"sjd_engine.kernels": "kernels"},
-    package_data={"sjd_engine": ["assets/*/*", "py.typed"]},
+    package_data={"sjd_engine": ["assets/*/*", "py.typed", "serve/page/*"]},
     ext_modules=[
         Pybind11Extension(
             "sjd_engine._C",

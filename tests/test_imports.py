@@ -24,6 +24,7 @@ LEVELS = [
     {"sjd_engine.batch"},
     {"sjd_engine.scheduler"},
     {"sjd_engine.engine"},
+    {"sjd_engine.serve"},
     {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing", "sjd_engine.hf"},
     {"sjd_engine.lossless"},
 ]

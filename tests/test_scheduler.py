@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +114,24 @@ class TestContinuousBatching:
         assert done.request_id == number
         assert torch.equal(done.generation.token_ids[0], alone(engine, PROMPTS[0], seed=1))
         assert fresh.collect() == []
+
+    def test_a_submitted_image_can_be_seen_on_its_way(self, fresh):
+        """As `stream` shows it, whoever decodes beside it."""
+        arguments = {**SETTINGS, "seed": 4, "output_type": "np"}
+        events = {event.nfe: event for event in fresh.stream(PROMPTS[0], **arguments)}
+        number = fresh.submit(PROMPTS[0], **arguments)
+        mates = fresh.submit(PROMPTS[1], num_images_per_prompt=4, **SETTINGS)
+        assert fresh.preview(number) is None
+        while not (done := fresh.collect()):
+            fresh.step()
+            seen = fresh.preview(number)
+            expected = events[seen.nfe]
+            assert (seen.num_committed, seen.num_drafted) == (expected.num_committed, expected.num_drafted)
+            np.testing.assert_array_equal(seen.image, expected.image)
+            assert fresh.preview(mates, index=3) is None, "it waits for a row"
+        assert done[0].request_id == number
+        assert fresh.preview(number) is None
+        fresh.cancel(mates)
 
 
 class TestPages:
@@ -291,6 +310,15 @@ class TestHarm:
 
         monkeypatch.setattr(batch, "_pass", fail)
         errors = self.check_others(fresh, engine, numbers)
+        assert isinstance(errors[third], MemoryError)
+
+    def test_codes_that_no_image_can_be_made_of(self, fresh, engine, monkeypatch):
+        def fail(self, grid: Tensor) -> Tensor:
+            raise MemoryError("pixels")
+
+        monkeypatch.setattr(type(fresh.model), "decode", fail)
+        third = fresh.submit(PROMPTS[2], **{**UNGUIDED, "output_type": "pil"})
+        errors = self.check_others(fresh, engine, self.others(fresh))
         assert isinstance(errors[third], MemoryError)
 
     def test_an_interrupt_leaves_a_usable_engine(self, fresh, engine):

@@ -5,6 +5,7 @@ import math
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -106,6 +107,7 @@ class EngineLoop:
         self._under_way: set[Ticket] = set()  # with those still in the inbox; with the lock
         self._open = False  # whether requests are taken; with the lock
         self._stopping = False
+        self._counts: Counter[str] = Counter()  # requests accepted, and how they ended
         self._failure: BaseException | None = None
         self._image_seconds = 1.0  # of late
         self._thread = threading.Thread(target=self._run, name="sjd-engine", daemon=True)
@@ -128,6 +130,8 @@ class EngineLoop:
             self._open = False
         self._inbox.put(self._stop)
         self._thread.join()
+        accepted, answered = self._counts["accepted"], self._counts["stop"]
+        logger.info("%d requests accepted, %d answered with images: %s", accepted, answered, dict(self._counts))
 
     @property
     def status(self) -> str:
@@ -201,6 +205,7 @@ class EngineLoop:
             self._leave(ticket)
             return
         self._tickets[ticket.number] = ticket
+        self._counts["accepted"] += 1
         ticket.accepted.set_result(None)
 
     def _cancel(self, ticket: Ticket, reason: str) -> None:
@@ -231,6 +236,7 @@ class EngineLoop:
     def _end(self, ticket: Ticket, reason: str, error: BaseException | None = None) -> None:
         if error is not None:
             ticket.result.set_exception(error)
+        self._counts[reason] += 1
         self.metrics.request_ended(reason, time.perf_counter() - ticket.arrived)
         self._leave(ticket)
 

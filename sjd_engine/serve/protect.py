@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sjd_engine.serve.replies import error_reply
-from sjd_engine.serve.settings import BODY_TIMEOUT, MAX_BODY_BYTES
+from sjd_engine.serve.settings import BODY_TIMEOUT, MAX_BODY_BYTES, MAX_DROPPED_BYTES
 
 OPEN_PATHS = ("/health",)
 
@@ -39,7 +39,7 @@ def key_of(authorization: str) -> bytes:
     scheme, _, value = authorization.partition(" ")
     value = value.strip()
     if scheme.lower() == "bearer":
-        return value.encode()
+        return value.encode("latin-1")  # as it came
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).partition(b":")[2]
@@ -68,25 +68,28 @@ class BodyCap:
                 await self._app(scope, replay(body, receive), send)
                 return
             reply = error_reply(413, f"body: expected at most {MAX_BODY_BYTES} bytes; shorten it")
-        reply.headers["Connection"] = "close"  # what is left of the body is not read
+        reply.headers["Connection"] = "close"  # there may be more of the body
         await reply(scope, receive, send)
 
 
 async def read_body(scope: Scope, receive: Receive) -> MutableMapping[str, Any] | None:
-    """A message with all of a body, or of its client's leaving; None where it is too large."""
+    """A message with all of a body, or of its client's leaving; None where it is too large. Of what is too large some
+    is read and dropped: a client hears of it once it has sent everything."""
     announced = Headers(scope=scope).get("content-length", "0")
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
+    if announced.isdecimal() and int(announced) > MAX_DROPPED_BYTES:
         return None
-    body = bytearray()
-    while True:
+    body, size, more = bytearray(), 0, True
+    while more:
         message = await receive()
         if message["type"] != "http.request":
             return message
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        size += len(chunk)
+        if size <= MAX_BODY_BYTES:
+            body += chunk
+        elif size > MAX_DROPPED_BYTES:
             return None
-        if not message.get("more_body", False):
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+    return {"type": "http.request", "body": bytes(body), "more_body": False} if size <= MAX_BODY_BYTES else None
 
 
 def replay(first: Message, receive: Receive) -> Callable[[], Any]:

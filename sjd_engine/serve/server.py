@@ -3,10 +3,17 @@
 import math
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 from sjd_engine.engine import Engine
 from sjd_engine.serve.app import make_app
 from sjd_engine.serve.settings import Settings
+
+# uvicorn's, and what the engine's loop says.
+LOGGING = {
+    **LOGGING_CONFIG,
+    "loggers": {**LOGGING_CONFIG["loggers"], "sjd_engine": {"handlers": ["default"], "level": "INFO"}},
+}
 
 
 def run(engine: Engine, settings: Settings | None = None, *, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -23,4 +30,4 @@ def run(engine: Engine, settings: Settings | None = None, *, host: str = "127.0.
     settings = Settings() if settings is None else settings
     patience = math.ceil(settings.request_timeout) + 1  # every request has ended by then
     app = make_app(engine, settings)
-    uvicorn.run(app, host=host, port=port, server_header=False, timeout_graceful_shutdown=patience)
+    uvicorn.run(app, host=host, port=port, log_config=LOGGING, server_header=False, timeout_graceful_shutdown=patience)

@@ -10,6 +10,7 @@ from sjd_engine.request import at_least
 MAX_IMAGES = 10
 MAX_PROMPT_CHARS = 4000
 MAX_BODY_BYTES = 1 << 20
+MAX_DROPPED_BYTES = 1 << 23  # of a body that is too large
 MAX_PREVIEWS = 256
 BODY_TIMEOUT = 30.0  # seconds that a client may take to send its body
 
