@@ -84,7 +84,12 @@ class Service:
             id=self.name,
             created=int(time.time()),
             methods=[
-                schema.MethodInfo(name=method.name, summary=method.summary, lossless=method.lossless)
+                schema.MethodInfo(
+                    name=method.name,
+                    summary=method.summary,
+                    lossless=method.lossless,
+                    takes_window=not method.one_token and not method.trained,
+                )
                 for method in self.methods.values()
             ],
             default_method=settings.method,
@@ -126,7 +131,7 @@ class Service:
         except BaseException:
             self.loop.cancel(ticket, "abort")
             raise
-        answer = Answer(ticket, self.loop, self.name, deadline)
+        answer = Answer(ticket, self, deadline)
         return EventStream(answer, news) if body.stream else await answer.whole(request)
 
     def arguments_of(self, body: schema.ImageRequest) -> dict[str, Any]:
@@ -163,14 +168,12 @@ class Answer:
     """What a client is told of its request.
 
     Args:
-        ticket: accepted.
-        loop: that decodes it.
-        model_name: for the recipe in each image.
+        ticket: accepted by the loop of `service`.
         deadline: on the event loop's clock.
     """
 
-    def __init__(self, ticket: Ticket, loop: EngineLoop, model_name: str, deadline: float):
-        self._ticket, self._loop, self._model_name, self._deadline = ticket, loop, model_name, deadline
+    def __init__(self, ticket: Ticket, service: Service, deadline: float):
+        self._ticket, self._service, self._deadline = ticket, service, deadline
         self._result = asyncio.wrap_future(ticket.result)
         self._result.add_done_callback(lambda result: result.exception())  # asyncio warns of one that nobody has seen
 
@@ -223,10 +226,10 @@ class Answer:
 
     def give_up(self) -> None:
         """The client has left, or was told everything."""
-        self._loop.cancel(self._ticket, "abort")
+        self._service.loop.cancel(self._ticket, "abort")
 
     def _timed_out(self) -> str:
-        self._loop.cancel(self._ticket, "timeout")
+        self._service.loop.cancel(self._ticket, "timeout")
         return "the request took longer than this server allows; try again later, or ask for fewer images"
 
     def _encode(self, generation: Generation) -> list[tuple[str, schema.Stats]]:
@@ -239,7 +242,7 @@ class Answer:
 
     def _recipe(self, seed: int) -> dict[str, Any]:
         arguments = {name: value for name, value in self._ticket.arguments.items() if name != "num_images_per_prompt"}
-        return {"model": self._model_name, **arguments, "seed": seed}
+        return {"model": self._service.name, **arguments, "seed": seed}
 
     def _completed(self, generation: Generation) -> list[schema.CompletedImage]:
         return [
@@ -253,6 +256,7 @@ class Answer:
 
     def _partial(self, preview: StreamEvent, number: int) -> schema.PartialImage:
         seed = self._ticket.arguments["seed"][preview.index]
+        schedule = self._service.model.schedule(preview.image.height, preview.image.width)
         return schema.PartialImage(
             created_at=int(time.time()),
             b64_json=png_text(preview.image, {**self._recipe(seed), "num_committed": preview.num_committed}),
@@ -261,6 +265,9 @@ class Answer:
             num_committed=preview.num_committed,
             num_drafted=preview.num_drafted,
             num_tokens=preview.num_tokens,
+            grid=(schedule.rows, schedule.cols),
+            committed_cells=int((schedule.image_positions < preview.num_committed).sum()),
+            drafted_cells=int((schedule.image_positions < preview.num_drafted).sum()),
             nfe=preview.nfe,
             size=size_of(preview.image),
         )

@@ -112,7 +112,11 @@ class ImagesReply(Look):
 
 
 class PartialImage(Look):
-    """A preview: committed tokens, the drafts behind them, grey beyond."""
+    """A preview: committed tokens, the drafts behind them, grey beyond.
+
+    grid: rows and columns of tokens; the first committed_cells of them, row by row, are final, and those up to
+    drafted_cells are drafts. num_tokens and the counts beside it include tokens that no cell shows.
+    """
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     created_at: int
@@ -122,6 +126,9 @@ class PartialImage(Look):
     num_committed: int
     num_drafted: int
     num_tokens: int
+    grid: tuple[int, int]
+    committed_cells: int
+    drafted_cells: int
     nfe: int
 
 
@@ -145,11 +152,15 @@ class ErrorReply(BaseModel):
 
 
 class MethodInfo(BaseModel):
-    """A decoding method that the model has everything for."""
+    """A decoding method that the model has everything for.
+
+    takes_window: window_size matters; chains of trained drafters have a length of their own, and `ar` is one token.
+    """
 
     name: str
     summary: str
     lossless: bool
+    takes_window: bool
 
 
 class ModelInfo(BaseModel):
