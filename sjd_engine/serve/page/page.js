@@ -5,7 +5,7 @@ const PREVIEWS = 64; // of an image, at most
 const ONE_TOKEN = "ar";
 const SHOWN_FIRST = "exact"; // gives the very image of ONE_TOKEN, so that the first two images are equal
 const SHADES = [ // of the map: tokens committed by one pass, and a colour
-  [1, "#3b2f63"], [2, "#3a5a8c"], [3, "#2a7f8e"], [5, "#35a373"], [8, "#93c94b"], [13, "#f3dc3d"],
+  [1, "#4d3f8f"], [2, "#3a5a8c"], [3, "#2a7f8e"], [5, "#35a373"], [8, "#93c94b"], [13, "#f3dc3d"],
 ];
 
 const $ = (id) => document.getElementById(id);
@@ -25,7 +25,7 @@ async function connect() {
   $("model").textContent = `${model.id} · ${model.sizes[0]} pixels`;
   $("window").max = model.max_window_size;
   $("window").value = model.default_window_size;
-  $("window-hint").textContent = `tokens of a pass, 1 to ${model.max_window_size}`;
+  $("window-hint").textContent = `1 to ${model.max_window_size} tokens a pass`;
   const names = model.methods.map((method) => method.name);
   fill($("method"), names.map((name) => [name, name]));
   fill($("beside"), [["", "nothing"], ...names.map((name) => [name, name === ONE_TOKEN ? "ar: one token a pass" : name])]);
@@ -278,10 +278,10 @@ function verdict([first, second]) {
   const { nfe, num_tokens, seconds } = first.stats;
   if (!second) return `Done: ${num_tokens} tokens in ${nfe} passes and ${seconds.toFixed(2)} seconds.`;
   const equal = first.pixels.length === second.pixels.length && first.pixels.every((value, i) => value === second.pixels[i]);
-  const passes = `in ${nfe} passes and in ${second.stats.nfe}`;
-  if (equal) return `The same image, pixel for pixel, ${passes}.`;
+  const passes = `${first.method} took ${nfe} passes, ${second.method} ${second.stats.nfe}.`;
+  if (equal) return `The same image, pixel for pixel. ${passes}`;
   const lawful = methods[first.method].lossless && methods[second.method].lossless;
-  return lawful ? `Two images of one law, ${passes}.` : `Two images, ${passes}.`;
+  return `${lawful ? "Two images of one law" : "Two images"}. ${passes}`;
 }
 
 form.addEventListener("submit", (event) => {
