@@ -97,7 +97,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "sjd_engine._C",
-            sorted(str(source) for source in Path("csrc").glob("*.cpp")),
+            # sjd_c.cpp is the library for C, see csrc/CMakeLists.txt.
+            sorted(str(source) for source in Path("csrc").glob("*.cpp") if source.stem != "sjd_c"),
             depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
             cxx_std=17,
             extra_compile_args=CXX_FLAGS,

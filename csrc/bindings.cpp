@@ -40,12 +40,6 @@ T named(const char* op, const char* argument, const std::string& name, Names<T> 
   return known.begin()->second;
 }
 
-void check_range(const char* op, const char* argument, int64_t value, int64_t least, int64_t most,
-                 const char* remedy = "") {
-  if (least <= value && value <= most) return;  // no text is written for it
-  check(false, op, argument, "in " + text(least) + ".." + text(most), text(value), remedy);
-}
-
 template <class T>
 T* required(const char* op, const char* argument, uintptr_t address) {
   check(address != 0, op, argument, "the address of a tensor", "0");
@@ -243,12 +237,6 @@ void run(const char* name, const Op& op, const Place& place) {
                            ": this build of sjd_engine has no CUDA; build it again where nvcc is found");
 #endif
 }
-
-bool all_wide(std::initializer_list<int64_t> values) {
-  return std::all_of(values.begin(), values.end(), [](int64_t value) { return value % 16 == 0; });
-}
-
-int64_t number(const void* address) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)); }
 
 void append_kv(const Pages& pages, uintptr_t keys, uintptr_t values, int64_t sequence_stride, int64_t token_stride,
                uintptr_t context_lens, uintptr_t num_valid, uintptr_t cos, uintptr_t sin, int64_t num_new,

@@ -1,6 +1,7 @@
 // Errors that say op, argument, what was expected, what came, and what to do.
 #pragma once
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -20,6 +21,12 @@ inline void check(bool ok, const char* op, const char* argument, const std::stri
   std::string message = std::string(op) + ": " + argument + " must be " + expected + ", got " + got;
   if (!remedy.empty()) message += "; " + remedy;
   throw std::invalid_argument(message);
+}
+
+inline void check_range(const char* op, const char* argument, int64_t value, int64_t least, int64_t most,
+                        const char* remedy = "") {
+  if (least <= value && value <= most) return;  // no text is written for it
+  check(false, op, argument, "in " + text(least) + ".." + text(most), text(value), remedy);
 }
 
 }  // namespace sjd

@@ -17,10 +17,6 @@ uint64_t mix(uint64_t hash, uint64_t value) {
   return hash ^ (hash >> 31);
 }
 
-void check_range(const char* op, const char* argument, int64_t value, int64_t least, int64_t most) {
-  check(least <= value && value <= most, op, argument, "in " + text(least) + ".." + text(most), text(value));
-}
-
 void require(bool holds, const std::string& what) {
   if (!holds) throw std::logic_error("PageAllocator: " + what);
 }

@@ -5,7 +5,9 @@
 // Sequence s holds its token t in slot t % page_size of page block_table[s][t / page_size].
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "widen.h"
 
@@ -43,6 +45,12 @@ struct PagedKV {
 struct alignas(16) Chunk {
   uint32_t word[4];
 };
+
+// All addresses and lengths are multiples of a chunk.
+inline bool all_wide(std::initializer_list<int64_t> values) {
+  return std::all_of(values.begin(), values.end(), [](int64_t value) { return value % sizeof(Chunk) == 0; });
+}
+inline int64_t number(const void* address) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)); }
 
 // 16 bytes at a time where `wide` says that all addresses and lengths are multiples of it, else 2.
 SJD_INLINE void copy_bytes(char* to, const char* from, int64_t bytes, bool wide, int lane, int lanes) {
