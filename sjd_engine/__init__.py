@@ -6,6 +6,7 @@ from sjd_engine.engine import Engine
 from sjd_engine.errors import CheckpointError, SJDError
 from sjd_engine.kv_cache import PagedKVCache
 from sjd_engine.outputs import Generation, ImageStats, StepInfo, StreamEvent
+from sjd_engine.pipeline import SJDPipeline
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -19,6 +20,7 @@ __all__ = [
     "JacobiDecoder",
     "PagedKVCache",
     "SJDError",
+    "SJDPipeline",
     "SamplingParams",
     "Schedule",
     "StepInfo",

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -248,12 +249,12 @@ def check_writable(output: Path) -> None:
         raise ValueError(f"output: cannot write {str(output)!r}: {str(nearest)!r} is not a writable folder")
 
 
-def main() -> None:
-    """Entry point of `sjd`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `sjd`; None for the arguments of the process."""
     from sjd_engine.errors import SJDError
 
     try:
-        app()
+        app(arguments)
     except (ValueError, TypeError) as error:
         sys.exit(report(error, 2))
     except (SJDError, OSError, RuntimeError) as error:

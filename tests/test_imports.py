@@ -24,8 +24,8 @@ LEVELS = [
     {"sjd_engine.batch"},
     {"sjd_engine.scheduler"},
     {"sjd_engine.engine"},
-    {"sjd_engine.serve"},
-    {"sjd_engine", "sjd_engine.cli", "sjd_engine.testing", "sjd_engine.hf"},
+    {"sjd_engine.pipeline", "sjd_engine.serve"},
+    {"sjd_engine", "sjd_engine.cli", "sjd_engine.hf", "sjd_engine.integrations", "sjd_engine.testing"},
     {"sjd_engine.lossless"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

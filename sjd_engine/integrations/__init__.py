@@ -1,0 +1,1 @@
+"""What other serving stacks load of this package. Nothing here imports them before they ask for it."""
