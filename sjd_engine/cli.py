@@ -1,109 +1,97 @@
-"""The command line: `sjd generate`, `sjd serve`, `sjd convert`, `sjd doctor`.
+"""The command line: `sjd generate`, `redraw`, `eval`, `plot`, `serve`, `convert` and `doctor`.
 
 Exit status 0, 2 (bad arguments) or 1 (failure, nothing written).
 """
 
 import os
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sjd_engine.methods import ALL_INITS, METHODS
+from sjd_engine import options
+from sjd_engine.evaluate.cli import app as evaluate
+
+if TYPE_CHECKING:
+    from sjd_engine.outputs import ImageStats
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 convert = typer.Typer(no_args_is_help=True, help="Rewrite a checkpoint in a form that loads safely.")
 app.add_typer(convert, name="convert")
+app.add_typer(evaluate, name="eval")
 
 
 @app.command()
+@options.with_sampling
 def generate(
+    arguments: dict[str, Any],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PNG file; -N is added before .png where n > 1.")
     ] = Path("out.png"),
-    model: Annotated[str, typer.Option(help="'emoji' or a checkpoint folder.")] = "emoji",
-    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "maximal",
+    model: options.Model = "emoji",
     window: Annotated[str, typer.Option(help="Tokens of a forward pass, or 'auto': the fastest.")] = "auto",
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
     n: Annotated[int, typer.Option("--num-images", "-n", help="Images to draw.")] = 1,
-    guidance_scale: Annotated[float | None, typer.Option(help=">= 1; 1 turns guidance off.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="> 0.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 keeps all tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; a size the model was trained for.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    init: Annotated[str | None, typer.Option(help=", ".join(ALL_INITS) + "; default: the model's.")] = None,
-    reuse_threshold: Annotated[float | None, typer.Option(help="Of sjd++, > 0.")] = None,
-    tree: Annotated[str | None, typer.Option(help="K,D: up to K candidates for each of D - 1 tokens.")] = None,
-    relaxation: Annotated[float | None, typer.Option(help="Of gsd (ranks, >= 0) and lantern (a bound, >= 1).")] = None,
-    zipar_window: Annotated[int | None, typer.Option(help="Of zipar: tokens of the row above to wait for.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Of sjd2: passes from noise to a draft; default: the model's.")
-    ] = None,
-    verify: Annotated[str | None, typer.Option(help="Of sjd2: clean (exact, the default) or paper.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="JSON lines of every pass, for `sjd plot`.")] = None,
+    device: options.Device = None,
 ) -> None:
     """Draw a prompt and write PNG files, with the recipe inside."""
     from sjd_engine.engine import Engine
     from sjd_engine.images import save_png
+    from sjd_engine.recipe import recipe_of
+    from sjd_engine.trajectory import watch, write_statistics
 
     paths = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
     check_writable(output)
-    options = {
-        "guidance_scale": guidance_scale,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-        "init": init,
-        "reuse_threshold": reuse_threshold,
-        "tree": None if tree is None else pair_of_ints("tree", tree),
-        "relaxation": int(relaxation) if relaxation is not None and relaxation.is_integer() else relaxation,
-        "zipar_window": zipar_window,
-        "steps": steps,
-        "verify": verify,
-    }
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    arguments |= {"window_size": options.window_size(window), "seed": seed, "num_images_per_prompt": n}
     engine = Engine(model, device=device)
-    out = engine.generate(
-        prompt,
-        method=method,
-        window_size=int(window) if re.fullmatch(r"-?\d+", window) else window,
-        seed=seed,
-        num_images_per_prompt=n,
-        **given,
-    )
+    if stats is None:
+        out = engine.generate(prompt, **arguments)
+    else:
+        out, trajectories = watch(engine, prompt, **arguments)
+        write_statistics(stats, prompt, out, trajectories)
     output.parent.mkdir(parents=True, exist_ok=True)
-    for path, image, stats, image_seed in zip(paths, out.images, out.stats, out.seeds, strict=True):
-        recipe = {
-            "prompt": prompt,
-            "model": model,
-            "method": method,
-            "seed": image_seed,
-            "init": engine.model.defaults.init,
-            **given,
-            "window": window,
-            "nfe": stats.nfe,
-        }
-        save_png(image, path, recipe)
-        typer.echo(
-            f"{path}: {method}, {stats.num_tokens} tokens in {stats.nfe} passes (NFE), "
-            f"{stats.step_compression:.2f} tokens a pass, {stats.seconds:.2f} s"
-        )
+    for i, (path, image) in enumerate(zip(paths, out.images, strict=True)):
+        save_png(image, path, recipe_of(engine, model, prompt, out, i))
+        typer.echo(f"{path}: {arguments['method']}, {told(out.stats[i])}")
+
+
+@app.command("redraw")
+def redraw_image(
+    image: Annotated[Path, typer.Argument(help="PNG that this package wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file.")],
+    device: options.Device = None,
+) -> None:
+    """Draw an image again from the recipe inside it, and tell whether the pixels are the same."""
+    from sjd_engine.recipe import redraw
+
+    check_writable(output)
+    same, stats = redraw(image, output, device)
+    typer.echo(f"{output}: {'the same pixels' if same else 'other pixels'}; {told(stats)}")
+
+
+@app.command()
+def plot(
+    statistics: Annotated[
+        list[Path], typer.Argument(help="Files of `generate --stats`, manifests of `eval generate`.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the figures.")],
+) -> None:
+    """Draw statistics: acceleration map, acceptance, the window's way; PNG files and one HTML page."""
+    from sjd_engine import plot as drawing
+
+    for path in drawing.plot(statistics, output):
+        typer.echo(path)
 
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="'emoji' or a checkpoint folder.")] = "emoji",
+    model: options.Model = "emoji",
     host: Annotated[str, typer.Option(help="Address to listen at; the default is reached from this machine alone.")] = (
         "127.0.0.1"
     ),
@@ -120,7 +108,7 @@ def serve(
     batch_invariant: Annotated[
         bool | None, typer.Option(help="Images bit for bit those of their seeds alone; default: in float32.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
+    device: options.Device = None,
 ) -> None:
     """Serve images over HTTP: OpenAI's images API, and a page to watch them appear."""
     from sjd_engine.engine import Engine
@@ -230,12 +218,12 @@ def tell_memory(name: str) -> None:
         typer.echo(f"gpu memory    {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB of the GPU")
 
 
-def pair_of_ints(option: str, text: str) -> tuple[int, int]:
-    """ "3,2" as (3, 2). Raises: ValueError naming the option."""
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{option}: expected two numbers such as 3,3, got {text!r}")
-    return int(parts[0]), int(parts[1])
+def told(stats: "ImageStats") -> str:
+    """An image's passes, for people."""
+    return (
+        f"{stats.num_tokens} tokens in {stats.nfe} passes (NFE), "
+        f"{stats.step_compression:.2f} tokens a pass, {stats.seconds:.2f} s"
+    )
 
 
 def check_writable(output: Path) -> None:

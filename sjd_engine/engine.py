@@ -313,7 +313,7 @@ class Engine:
         images = None
         if request.output_type != "codes":
             images = convert(self._decode(codes, request.schedule), request.output_type)
-        return Generation(images, codes, stats, request.seeds)
+        return Generation(images, codes, stats, request.seeds, request.arguments)
 
     def _event(self, image: Image) -> StreamEvent:
         """An image as far as it has come."""

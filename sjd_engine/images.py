@@ -12,6 +12,8 @@ from torch import Tensor
 from sjd_engine.files import written_whole
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+RECIPE = "sjd_engine"  # the text chunk of a PNG
+JPEG_QUALITY = 95
 
 
 def convert(pixels: Tensor, output_type: str) -> Any:
@@ -31,11 +33,19 @@ def encode_png(image: Image.Image, recipe: Mapping[str, Any]) -> bytes:
         recipe: JSON values; stored as JSON in "sjd_engine" and as the prompt line other tools read in "parameters".
     """
     info = PngImagePlugin.PngInfo()
-    info.add_text("sjd_engine", json.dumps(recipe))
+    info.add_text(RECIPE, json.dumps(recipe))
     settings = ", ".join(f"{key}: {value}" for key, value in recipe.items() if key != "prompt")
     info.add_text("parameters", f"{recipe.get('prompt', '')}\n{settings}")
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def encode_jpeg(image: Image.Image, recipe: Mapping[str, Any]) -> bytes:
+    """A JPEG with the recipe as JSON in its comment, for evaluators that read nothing else."""
+    file = io.BytesIO()
+    comment = json.dumps(recipe).encode()
+    image.save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0, comment=comment)
     return file.getvalue()
 
 

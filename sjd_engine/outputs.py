@@ -44,12 +44,15 @@ class Generation:
     token_ids: [N, rows * cols] int64 image codes in raster order, forced tokens removed.
     stats: one for each image.
     seeds: the seed of each image.
+    arguments: of `generate` with every default filled in; with a prompt and its seed they draw an image again, unless
+        their window_size is "auto".
     """
 
     images: Any
     token_ids: Tensor
     stats: list[ImageStats]
     seeds: list[int]
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The arguments of `generate`, checked before anything runs."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sjd_engine.decoder import check_seed, check_seeds, check_tree
@@ -26,6 +26,8 @@ class Request:
     """Everything a call needs, with the family's defaults filled in. One prompt and one seed for each image.
 
     window_size: tokens of a forward pass; the most of them where auto_window lets every pass have its own.
+    arguments: of `generate` with every default filled in, those left out that the method has no use for: plain values,
+        that draw these images again with the prompts and seeds.
     """
 
     prompts: list[Prompt]
@@ -43,6 +45,7 @@ class Request:
     steps: int | None
     verify: str | None
     output_type: str
+    arguments: dict[str, Any]
     group: Hashable  # images of requests with equal groups can be decoded in one batch
 
     @property
@@ -135,6 +138,21 @@ def make_request(
         raise ValueError(f"init: {method} has a drafter already, got {init!r}; choose one of {', '.join(INITS)}")
     steps, verify = check_denoising(decoding, steps, verify)
     grid = (schedule.rows, schedule.cols, *sorted(schedule.forced.items()))
+    resolved: dict[str, Any] = {
+        "method": method,
+        "window_size": AUTO if auto_window else window_size,
+        **asdict(params),
+        "negative_prompt": negative_prompt,
+        "height": size[0],
+        "width": size[1],
+        "init": init,
+        "reuse_threshold": reuse_threshold if decoding.refresh == "reuse" else None,
+        "tree": tree,
+        "relaxation": relaxation,
+        "zipar_window": zipar_window,
+        "steps": steps,
+        "verify": verify,
+    }
     return Request(
         prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
         seeds=seed_list(seed, len(prompts) * num_images_per_prompt),
@@ -151,6 +169,7 @@ def make_request(
         steps=steps,
         verify=verify,
         output_type=output_type,
+        arguments={name: value for name, value in resolved.items() if value is not None},
         group=(
             method,
             window_size,

@@ -1,0 +1,1 @@
+"""Evaluation: images in the folders that evaluators read, and scores of them."""
