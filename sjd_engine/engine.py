@@ -85,7 +85,7 @@ class Engine:
         prompt: str | Sequence[str],
         *,
         method: str = "maximal",
-        window_size: int | str = AUTO,
+        window_size: int | str | None = AUTO,
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
@@ -114,7 +114,8 @@ class Engine:
                 gsd, lantern, zipar, zipar-adaptive; see `sjd_engine.methods`.
             window_size: tokens of a forward pass, >= 1. "auto" measures what passes take and lets each have the window
                 that promises most tokens a second. The law of the images is the same; but which image a seed gives
-                depends on the windows, unless the method is ar, jacobi or exact. `ar` always takes 1.
+                depends on the windows, unless the method is ar, jacobi or exact. None is the model's default, one
+                number. `ar` always takes 1.
             seed: an int (image i uses seed + i) or one int for each image.
             num_images_per_prompt: >= 1; images are ordered prompt by prompt.
             guidance_scale: >= 1; 1 turns guidance off.

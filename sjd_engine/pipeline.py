@@ -172,7 +172,7 @@ class SJDPipeline:
                 guidance_scale=guidance_scale,
                 num_images_per_prompt=num_images_per_prompt,
                 seed=draw_seeds(generator, num_images),
-                window_size=self.engine.model.defaults.window_size if window_size is None else window_size,
+                window_size=window_size,
                 output_type=output_type,
                 callback_on_step=on_step,
                 progress=self._progress,

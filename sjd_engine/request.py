@@ -60,7 +60,7 @@ def make_request(
     prompt: str | Sequence[str],
     *,
     method: str = "maximal",
-    window_size: int | str = AUTO,
+    window_size: int | str | None = AUTO,
     seed: int | Sequence[int] = 0,
     num_images_per_prompt: int = 1,
     guidance_scale: float | None = None,
@@ -115,7 +115,9 @@ def make_request(
             f"method: {method} drafts with a trained head, which {model.name} has none of: put {FILE} beside its "
             "weights (examples/emoji/train_eagle.py makes one), or take another method"
         )
-    if tree is not None and window_size == AUTO:  # which weighs chains of drafts alone
+    if window_size is None and decoding.trained:
+        window_size = AUTO  # its own default, below
+    elif window_size is None or (tree is not None and window_size == AUTO):  # AUTO weighs chains of drafts alone
         window_size = model.defaults.window_size
     auto_window = window_size == AUTO and not decoding.one_token and not decoding.trained
     largest = model.defaults.max_window_size

@@ -70,6 +70,13 @@ class TestExactSeed:
         assert (ar[:, 0] == exact[:, 0]).float().mean() >= 2 / 3
 
 
+@pytest.mark.parametrize(("method", "window"), [("maximal", None), ("ar", 1), ("eagle", 6)])
+def test_no_window_is_the_models_default(engine, method, window):
+    request = make_request(engine.model, PROMPTS[0], method=method, window_size=None)
+    assert request.window_size == (window or engine.model.defaults.window_size)
+    assert not request.auto_window
+
+
 @pytest.mark.parametrize("method", ["sjd", "sjd++", "maximal", "gumbel", "jacobi"])
 def test_an_image_of_a_mixed_batch_is_the_one_its_seed_gives_alone(shallow, method):
     batch = codes(shallow, PROMPTS, method=method, seed=[5, 6, 7])

@@ -78,7 +78,7 @@ class SJDSampler:
             seed=[(seed + i) % 2**64 for i in range(num_images)],
             num_images_per_prompt=num_images,
             method=method,
-            window_size=window_size or engine.model.defaults.window_size,
+            window_size=window_size or None,
             guidance_scale=guidance_scale or None,
             temperature=temperature or None,
             width=width or None,

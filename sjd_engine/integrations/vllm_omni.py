@@ -105,7 +105,7 @@ class OmniPipeline(nn.Module):
             "num_images_per_prompt": count,
             "seed": draw_seeds(params.generator, count) if params.seed is None else params.seed,
             "guidance_scale": guidance_scale,
-            "window_size": self.engine.model.defaults.window_size,
+            "window_size": None,
             "output_type": "pt",
             **(params.extra_args or {}),
         }
