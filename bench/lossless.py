@@ -41,7 +41,8 @@ from sjd_engine import Engine, SamplingParams
 from sjd_engine.lossless import Evidence, examine, floor, oracle_p
 from sjd_engine.methods import INITS, METHODS, TRAINING_FREE
 from sjd_engine.models.base import Prompt
-from sjd_engine.testing import Scores, score_tokens, with_forced
+from sjd_engine.schedule import with_forced
+from sjd_engine.testing import Scores, score_tokens
 
 SIGNIFICANCE = 1e-3
 THINGS = (

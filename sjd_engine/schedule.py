@@ -74,3 +74,12 @@ class Schedule:
             forced_ids[list(self.forced)] = torch.tensor(list(self.forced.values()))
             forced_ids = forced_ids.to(device)
         return Grid(forced_ids, row_start.to(device), above.to(device), self.cols)
+
+
+def with_forced(codes: Tensor, schedule: Schedule) -> Tensor:
+    """Image codes [N, rows * cols] -> token ids [N, T] with the forced tokens between them."""
+    ids = codes.new_empty(len(codes), schedule.num_tokens)
+    for position, token in schedule.forced.items():
+        ids[:, position] = token
+    ids[:, schedule.image_positions] = codes
+    return ids

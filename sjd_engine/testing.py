@@ -18,7 +18,7 @@ from sjd_engine.models.block import Transformer
 from sjd_engine.models.weights import Piece, block_config, hf_layout, rows
 from sjd_engine.ops import Tree, VerifyResult, WindowState, redraft, start, warp
 from sjd_engine.sampling import SamplingParams
-from sjd_engine.schedule import Schedule
+from sjd_engine.schedule import Schedule, with_forced
 
 # What every backend decodes for any model; the relatives run on the reference alone.
 FUSED = [name for name in TRAINING_FREE if METHODS[name].acceptance == "token" and not METHODS[name].rows_at_once]
@@ -251,15 +251,6 @@ def teacher_forced_logits(
 ) -> Tensor:
     """[N, T, V] float32: the logits that `teacher_forced` gives."""
     return model.transformer.logits(teacher_forced(model, context, codes, tokens_a_pass))
-
-
-def with_forced(codes: Tensor, schedule: Schedule) -> Tensor:
-    """Image codes [N, rows * cols] -> token ids [N, T] with the forced tokens between them."""
-    ids = codes.new_empty(len(codes), schedule.num_tokens)
-    for position, token in schedule.forced.items():
-        ids[:, position] = token
-    ids[:, schedule.image_positions] = codes
-    return ids
 
 
 def score_tokens(

@@ -22,7 +22,7 @@ from train_transformer import CaptionedCodes
 from sjd_engine.models import load_model
 from sjd_engine.train.log import plot
 from sjd_engine.train.pictures import Pictures
-from sjd_engine.train.run import LOG, add_arguments, run
+from sjd_engine.train.run import LOG, add_arguments, export, train
 
 NULL_CAPTION_RATE = 0.25  # guidance reads the law without a caption as often as the one with
 NUM_HELD_OUT = 64
@@ -40,20 +40,23 @@ def main() -> None:
     if args.plot:
         plot(args.out / LOG, args.plot)
         return
-    train, fresh = (CaptionedCodes(args.cache, split, CANVAS) for split in ("train", "fresh"))
+    model = load_model(args.model, torch.device("cpu"), torch.bfloat16)
+    if args.export:
+        export(model, args, args.model.name)
+        return
+    pictures, fresh = (CaptionedCodes(args.cache, split, CANVAS) for split in ("train", "fresh"))
 
     def batch(step: int) -> Pictures:
         rng = np.random.default_rng((args.seed, step))
-        rows = rng.choice(len(train), args.batch_size, replace=False)
-        return Pictures(*train.batch(rows, rng, NULL_CAPTION_RATE))
+        rows = rng.choice(len(pictures), args.batch_size, replace=False)
+        return Pictures(*pictures.batch(rows, rng, NULL_CAPTION_RATE))
 
     def held_out() -> Iterator[Pictures]:
         rng = np.random.default_rng(1234)
         for start in range(0, NUM_HELD_OUT, args.batch_size):
             yield Pictures(*fresh.batch(np.arange(start, start + args.batch_size), rng, null_rate=0.0))
 
-    model = load_model(args.model, torch.device("cpu"), torch.bfloat16)
-    run(model, args, args.model.name, batch, held_out)
+    train(model, args, batch, held_out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sjd_engine.models.base import Context, ImageModel
-from sjd_engine.schedule import Schedule
+from sjd_engine.schedule import Schedule, with_forced
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,15 @@ def embedding_rows(codes: Tensor, first_code: int, num_codes: int) -> Tensor:
 
 
 def collate(model: ImageModel, contexts: Sequence[Context], codes: Tensor, schedule: Schedule) -> Pictures:
-    """A batch for any family.
+    """A batch of any family's pictures.
 
     Args:
         contexts: one before each picture.
         codes: [B, rows * cols] int64 image codes in raster order.
         schedule: of the pictures.
     """
-    count, num_tokens = len(contexts), schedule.num_tokens
-    tokens = torch.full((count, num_tokens), -1)
-    tokens[:, schedule.image_positions] = codes
-    for position, token in schedule.forced.items():
-        tokens[:, position] = token
+    tokens = with_forced(codes, schedule)
+    count, num_tokens = tokens.shape
     rows = embedding_rows(tokens, model.first_code, model.num_codes)
     ids = torch.zeros(count, max(map(len, contexts)) + num_tokens - 1, dtype=torch.int64)
     vectors = None

@@ -1,5 +1,6 @@
 """A fine-tuning for SJD2 from its arguments to its export, whatever the pictures come from."""
 
+import os
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable
@@ -9,12 +10,12 @@ from typing import Any
 from tqdm import trange
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
-from sjd_engine.models import ImageModel
+from sjd_engine.models import BUNDLED, ImageModel
 from sjd_engine.models.fine_tuned import save_fine_tuned
 from sjd_engine.train import log
 from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 from sjd_engine.train.pictures import Pictures
-from sjd_engine.train.sharding import rank
+from sjd_engine.train.sharding import num_processes, rank
 from sjd_engine.train.trainer import Nats, Trainer, joined
 
 CHECKPOINT, LOG = "sjd2.pt", "sjd2.jsonl"
@@ -37,36 +38,23 @@ def add_arguments(parser: ArgumentParser, *, batch_size: int, lr: float) -> None
         "--normalise",
         action=BooleanOptionalAction,
         default=True,
-        help="noise relative to mean and deviation of the embeddings; say it again with --export",
+        help="noise relative to mean and deviation of the embeddings",
     )
     parser.add_argument("--compile", action=BooleanOptionalAction, default=False)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters; say it again with --export")
 
 
-def run(
-    model: ImageModel,
-    args: Namespace,
-    base: str,
-    batch: Callable[[int], Pictures],
-    held_out: Callable[[], Iterable[Pictures]],
-) -> None:
-    """Train `model` from the checkpoint in `args.out` on, or export or draw what is there.
-
-    Args:
-        args: of `add_arguments`, and `out`, the folder of checkpoint and log.
-        base: name of the model, see `save_fine_tuned`.
-        batch: step -> its pictures, as many in every step; a resumed run asks for the same.
-        held_out: batches that are not trained on.
-    """
-    transformer, device = model.transformer, model.device
+def new_trainer(model: ImageModel, args: Namespace) -> Trainer:
+    """With a denoiser that knows nothing yet. args: of `add_arguments`."""
+    transformer = model.transformer
     if args.compile:  # `Transformer.cast` changed them in place, which torch.compile refuses
         transformer.cos, transformer.sin = transformer.cos.clone(), transformer.sin.clone()
     rows = transformer.embedding[model.first_code :][: model.num_codes]
-    denoiser = Denoiser.new(rows, NoiseSchedule(), args.seed, normalise=args.normalise).to(device)
-    trainer = Trainer(
+    denoiser = Denoiser.new(rows, NoiseSchedule(), args.seed, normalise=args.normalise)
+    return Trainer(
         transformer,
-        denoiser,
+        denoiser.to(model.device),
         model.first_code,
         num_steps=args.steps,
         lr=args.lr,
@@ -77,27 +65,44 @@ def run(
         gradient_checkpointing=args.gradient_checkpointing,
         lora=args.lora,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / CHECKPOINT
-    start = load_checkpoint(path, trainer)
-    if args.export:
-        if not start:
-            raise SystemExit(f"--export: expected a checkpoint, got no {path}; train first")
-        model.denoiser = denoiser
-        trainer.merge_adapters()
-        save_fine_tuned(model, args.export, base)
-        return
-    train(trainer, args, start, batch, held_out)
+
+
+def export(model: ImageModel, args: Namespace, base: str) -> None:
+    """Write the weights of the checkpoint in `args.out` to `args.export`.
+
+    Args:
+        base: name of the model, see `save_fine_tuned`.
+    """
+    if num_processes() > 1:
+        raise SystemExit("--export: expected one process; start it without torchrun")
+    trainer, path = new_trainer(model, args), args.out / CHECKPOINT
+    if not load_checkpoint(path, trainer):
+        raise SystemExit(f"--export: expected a checkpoint, got no {path}; train first")
+    trainer.merge_adapters()
+    model.denoiser = trainer.denoiser
+    save_fine_tuned(model, args.export, base)
+
+
+def base_name(model: str, folder: Path) -> str:
+    """What a model is called in an export to `folder`: by its name, or by the way from beside the export to it."""
+    if model in BUNDLED or not Path(model).exists():
+        return model
+    return os.path.relpath(model, folder.parent)
 
 
 def train(
-    trainer: Trainer,
-    args: Namespace,
-    start: int,
-    batch: Callable[[int], Pictures],
-    held_out: Callable[[], Iterable[Pictures]],
+    model: ImageModel, args: Namespace, batch: Callable[[int], Pictures], held_out: Callable[[], Iterable[Pictures]]
 ) -> None:
-    """Steps `start` to the last, with a bar, a log and checkpoints; see `run`."""
+    """Train from the checkpoint in `args.out` on, with a bar, a log and checkpoints.
+
+    Args:
+        args: of `add_arguments`, and `out`, the folder of checkpoint and log.
+        batch: step -> its pictures, as many in every step; a resumed run asks for the same.
+        held_out: batches that are not trained on.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainer = new_trainer(model, args)
+    start = load_checkpoint(args.out / CHECKPOINT, trainer)
     start_time = time.perf_counter()
     recent: list[Nats] = []
     with trange(start, args.steps, initial=start, total=args.steps, disable=rank() > 0) as bar:

@@ -1,6 +1,7 @@
 """One training by several processes, which torchrun starts: each holds a share of every parameter (FSDP) and reads a
 share of every batch. Without a process group all of this does nothing."""
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def join() -> torch.device:
+    """Join the group where torchrun has started this process. Returns: the device to train on."""
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group()
+    return device
+
+
+def leave() -> None:
+    """Leave the group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def num_processes() -> int:

@@ -152,12 +152,19 @@ class Trainer:
         """Whole tensors, in the first process alone."""
         return {
             "copies": whole(self.copies.state_dict()),
+            "denoiser": whole({"mean": self.denoiser.mean.detach(), "std": self.denoiser.std.detach()}),
             "optimizers": [whole(optimizer.state_dict()) for optimizer in self._optimizers],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of any number of processes."""
+        """Of any number of processes. Raises: ValueError where other parameters were trained."""
+        if len(state["copies"]) != len(self.copies):
+            got = len(state["copies"])
+            raise ValueError(f"checkpoint: expected {len(self.copies)} parameters, got {got}: of another model or lora")
+        for name, saved in state.get("denoiser", {}).items():
+            kept = self.denoiser.get_parameter(name)
+            kept.copy_(like(saved, kept))
         for copy, saved in zip(self.copies, state["copies"].values(), strict=True):
             copy.copy_(like(saved, copy))
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):

@@ -154,6 +154,17 @@ def test_gradient_checkpointing_computes_blocks_again_and_gives_the_same_weights
         assert torch.equal(tensor, again[name]), name
 
 
+def test_a_checkpoint_keeps_what_the_noise_is_relative_to_and_knows_its_parameters():
+    pytest.importorskip("peft")
+    (transformer, denoiser), settings = tiny(), {"num_steps": 1, "lr": 1e-2}
+    plain = Denoiser.new(transformer.embedding[-CODES:], NoiseSchedule(), normalise=False)
+    state = Trainer(transformer, plain, VOCAB - CODES, **settings).state_dict()
+    Trainer(transformer, denoiser, VOCAB - CODES, **settings).load_state_dict(state)
+    assert torch.equal(denoiser.std, torch.ones(16))
+    with pytest.raises(ValueError, match="checkpoint: expected 20 parameters, got 17: of another model or lora"):
+        Trainer(*tiny(), VOCAB - CODES, lora=2, **settings).load_state_dict(state)
+
+
 def test_adapters_change_nothing_until_they_are_trained_and_merge_into_what_they_do():
     pytest.importorskip("peft")
     (transformer, denoiser), (before, _) = tiny(), tiny()
