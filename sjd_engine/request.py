@@ -108,7 +108,7 @@ def make_request(
     if decoding.denoises and model.denoiser is None:
         raise ValueError(
             f"method: {method} reads noise, which {model.name} was not fine-tuned for: load a model that was (with "
-            f"{WEIGHTS} in its folder; examples/emoji/train_sjd2.py makes one), or take another method"
+            f"{WEIGHTS} in its folder; examples/sjd2/train.py makes one), or take another method"
         )
     if decoding.trained and not decoding.denoises and model.draft_head is None:
         raise ValueError(

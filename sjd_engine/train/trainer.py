@@ -10,6 +10,7 @@ from sjd_engine.denoise import Denoiser
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.fine_tuned import trained_parameters
 from sjd_engine.models.linear import PRODUCTS
+from sjd_engine.request import at_least
 from sjd_engine.train.adapters import add_adapters, merge_adapters
 from sjd_engine.train.pictures import Pictures
 from sjd_engine.train.sharding import all_rows, like, num_processes, own_rows, shard, whole
@@ -76,8 +77,11 @@ class Trainer:
     ):
         if compile and num_processes() > 1:
             raise ValueError(f"compile: expected one process, got {num_processes()}; leave it out")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay: expected a share of the steps in (0, 1], got {decay}")
         self.transformer, self.denoiser = transformer, denoiser
-        self.num_steps, self.lr, self.warmup, self.decay, self.seed = num_steps, lr, warmup, decay, seed
+        self.num_steps, self.warmup = at_least("num_steps", num_steps, 1), at_least("warmup", warmup, 1)
+        self.lr, self.decay, self.seed = lr, decay, seed
         self._adapters = None if lora is None else add_adapters(transformer, lora, seed)
         if lora is None:
             for part in trained_parameters(transformer).values():

@@ -190,10 +190,19 @@ def test_an_interrupted_run_of_adapters_ends_with_the_same_weights(tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
-def test_adapters_need_a_rank():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_steps": 0}, "num_steps: expected >= 1, got 0"),
+        ({"warmup": 0}, "warmup: expected >= 1, got 0"),
+        ({"decay": 0.0}, r"decay: expected a share of the steps in \(0, 1\], got 0.0"),
+        ({"lora": 0}, "lora: expected a rank >= 1, got 0"),
+    ],
+)
+def test_a_trainer_names_what_is_wrong(settings, message):
     pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="lora: expected a rank >= 1, got 0"):
-        Trainer(*tiny(), VOCAB - CODES, num_steps=1, lr=1e-2, lora=0)
+    with pytest.raises(ValueError, match=message):
+        Trainer(*tiny(), VOCAB - CODES, **{"num_steps": 1, "lr": 1e-2} | settings)
 
 
 def test_training_lowers_the_loss_behind_noise():
