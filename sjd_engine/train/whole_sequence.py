@@ -8,6 +8,10 @@ from sjd_engine.models.block import Pass, Transformer
 from sjd_engine.models.linear import linear
 from sjd_engine.ops import layer_ops
 
+# Attention with a mask is written out for fewer: on a CPU the backward pass of PyTorch's operator takes three times as
+# long. For more they would fill the memory, which the operator need not.
+FEW_SCORES = 1 << 26
+
 
 class WholeSequence:
     """Stands in for the cache of a pass over whole sequences.
@@ -26,8 +30,11 @@ class WholeSequence:
         q, k, v = (t.transpose(1, 2) for t in (queries, self._keys, self._values))
         if self._visible is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        # Written out: on a CPU the backward pass of PyTorch's operator takes three times as long where it has a mask.
         q = q.unflatten(1, (k.shape[1], -1))
+        if q.shape[:4].numel() * k.shape[2] > FEW_SCORES:
+            keys, values = (t.repeat_interleave(q.shape[2], 1) for t in (k, v))
+            out = F.scaled_dot_product_attention(q.flatten(1, 2), keys, values, self._visible[:, None])
+            return out.transpose(1, 2)
         scores = (q @ k[:, :, None].transpose(-1, -2)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~self._visible[:, None, None], float("-inf"))
         return (scores.float().softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2).transpose(1, 2)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
 from sjd_engine.models.block import Block, BlockConfig, Pass, Transformer
+from sjd_engine.train import whole_sequence
 from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 from sjd_engine.train.pictures import Pictures
 from sjd_engine.train.sjd2 import Losses, Noise, visible_slots
 from sjd_engine.train.trainer import Trainer
+from sjd_engine.train.whole_sequence import WholeSequence
 
 VOCAB, CODES, TOKENS, PROMPT = 20, 12, 24, 5
 
@@ -94,6 +96,25 @@ def test_without_normalisation_noise_is_added_to_the_embedding_itself():
     assert torch.equal(plain.normalise(rows), rows)
     assert torch.equal(plain(rows, torch.ones(CODES, 16), torch.zeros(CODES)), rows)
     assert normal.normalise(rows).square().mean().sub(1).abs() < 1e-5
+
+
+def test_attention_is_the_same_where_it_is_not_written_out(monkeypatch):
+    """With queries in groups; the values and the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(2, 9, heads, 8, generator=generator) for heads in (4, 2, 2))
+    visible = visible_slots(torch.tensor([[0, 0, 2, 2], [0, 1, 1, 3]]), torch.tensor([1, 0]), 5)
+
+    def attend() -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (queries, keys, values)]
+        attention = WholeSequence(visible)
+        attention.append(0, *leaves[1:])
+        out = attention.attend(0, leaves[0], 9, None)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    written_out = attend()
+    monkeypatch.setattr(whole_sequence, "FEW_SCORES", 0)
+    for expected, got in zip(written_out, attend(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def run(steps: range, path: Path, *, resume: bool, **settings: Any) -> dict[str, Tensor]:
