@@ -1,4 +1,7 @@
-"""A loader and a sampler. What stands at 0 is the model's default."""
+"""A loader and a sampler. What stands at 0 is the model's default.
+
+ComfyUI runs nodes in torch's inference mode. An engine lives longer than one run, so nothing of it is made in there.
+"""
 
 from typing import Any, ClassVar
 
@@ -23,6 +26,7 @@ class SJDLoader:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {"required": {"model": ("STRING", {"default": "emoji"}), "dtype": (list(DTYPES),)}}
 
+    @torch.inference_mode(False)
     def load(self, model: str, dtype: str) -> tuple[Engine]:
         return (Engine(model, device=comfy.model_management.get_torch_device(), dtype=DTYPES[dtype]),)
 
@@ -51,6 +55,7 @@ class SJDSampler:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {"required": cls.WIDGETS}
 
+    @torch.inference_mode(False)
     def sample(
         self,
         engine: Engine,
