@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sjd_engine.engine import Engine
@@ -34,6 +34,7 @@ PAGE = {
 }
 PAGE_POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 KEEP_ALIVE = 15.0  # seconds of silence after which a stream says that it is there
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorReply} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
@@ -77,6 +78,8 @@ class Service:
         self.name = settings.model_name or engine.model.name
         self.window_size = settings.window_of(engine.model)
         self.methods = served_methods(engine.model)
+        if settings.method not in self.methods:
+            raise ValueError(f"method: expected one of {', '.join(self.methods)}, got {settings.method!r}")
         self.metrics = Metrics(engine)
         capacity = engine.max_batch_size + settings.max_waiting
         self.loop = EngineLoop(engine, capacity=capacity, metrics=self.metrics)
@@ -99,7 +102,12 @@ class Service:
         )
 
     def start(self) -> None:
-        self.loop.start(method=self.settings.method, window_size=self.window_size)
+        method = self.settings.method
+        self.loop.start(method=method, window_size=self.default_window(method))
+
+    def default_window(self, method: str) -> int | str:
+        """Of requests that name none; "auto" of a trained drafter is a number, that of its chains."""
+        return "auto" if self.methods[method].trained else self.window_size
 
     async def generate(self, body: schema.ImageRequest, request: Request) -> Response | schema.ImagesReply:
         """One request from its acceptance to its last image."""
@@ -142,9 +150,7 @@ class Service:
         method = body.method or self.settings.method
         if method not in self.methods:
             raise ValueError(f"method: expected one of {', '.join(self.methods)}, got {method!r}")
-        window = body.window_size
-        if window is None:  # "auto" of a trained drafter is a number, that of its chains
-            window = "auto" if self.methods[method].trained else self.window_size
+        window = self.default_window(method) if body.window_size is None else body.window_size
         largest = self.model.defaults.max_window_size
         if isinstance(window, int) and window > largest:
             raise ValueError(f"window_size: expected at most {largest}, got {window}")
@@ -291,7 +297,7 @@ class EventStream(StreamingResponse):
 def add_routes(app: FastAPI, service: Service) -> None:
     """The API."""
 
-    @app.post("/v1/images/generations", responses=REFUSALS, response_model=schema.ImagesReply)
+    @app.post("/v1/images/generations", responses=STREAM | REFUSALS, response_model=schema.ImagesReply)
     async def generate_images(body: schema.ImageRequest, request: Request) -> Any:
         return await service.generate(body, request)
 
@@ -311,7 +317,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         response.status_code = 200 if status == "ok" else 503
         return {"status": status}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

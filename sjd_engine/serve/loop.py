@@ -42,7 +42,7 @@ class Ticket:
         notify: called by the loop's thread whenever there is something new in `take_previews`.
 
     Attributes:
-        accepted: done once the engine has taken the request; carries its ValueError or TypeError where it has not.
+        accepted: done once the engine has taken the request; carries its error where it has not.
         result: the images, or what ended the request.
     """
 
@@ -199,8 +199,8 @@ class EngineLoop:
         on_step = ticket.on_step if ticket.num_previews else None
         try:
             ticket.number = self.engine.submit(callback_on_step=on_step, **ticket.arguments)
-        except (ValueError, TypeError) as error:
-            self.metrics.request_refused("invalid")
+        except Exception as error:
+            self.metrics.request_refused("invalid" if isinstance(error, ValueError | TypeError) else "error")
             ticket.accepted.set_exception(error)
             self._leave(ticket)
             return
@@ -214,10 +214,14 @@ class EngineLoop:
             self._end(ticket, reason, TimeoutError(reason))
 
     def _preview(self) -> None:
-        for ticket in list(self._tickets.values()):
-            for index in ticket.due():
-                assert ticket.number is not None
-                event = self.engine.preview(ticket.number, index)
+        for number, ticket in list(self._tickets.items()):
+            try:
+                events = [self.engine.preview(number, index) for index in ticket.due()]
+            except Exception as error:  # pixels that cannot be made
+                self.engine.cancel(number)
+                self._finish(Finished(number, None, error))
+                continue
+            for event in events:
                 if event is not None:
                     ticket.show(event)
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from sjd_engine.methods import get_method
 from sjd_engine.models import ImageModel
 from sjd_engine.request import at_least
 
@@ -44,7 +43,6 @@ class Settings:
             raise ValueError(f"request_timeout: expected seconds > 0, got {self.request_timeout}")
         if self.api_key == "":
             raise ValueError("api_key: expected a secret, got an empty text; leave it out to let everybody in")
-        get_method(self.method)
 
     def window_of(self, model: ImageModel) -> int:
         """Of requests that name none. Raises: ValueError where it is larger than the model's largest."""

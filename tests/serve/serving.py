@@ -61,7 +61,7 @@ class Running:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(f"sjd:{name}"))
 
     def wait_until(self, name: str, condition: Callable[[float], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not condition(value := self.metric(name)):
             assert time.monotonic() < deadline, (name, value)
             time.sleep(0.02)
