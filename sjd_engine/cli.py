@@ -115,6 +115,7 @@ def serve(
     from sjd_engine.serve import Settings, run
 
     settings = Settings(
+        model_name=model,
         api_key=api_key,
         max_waiting=max_waiting,
         request_timeout=request_timeout,

@@ -26,16 +26,18 @@ def convert(pixels: Tensor, output_type: str) -> Any:
     return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
 
 
-def encode_png(image: Image.Image, recipe: Mapping[str, Any]) -> bytes:
+def encode_png(image: Image.Image, recipe: Mapping[str, Any] | None) -> bytes:
     """A PNG with the recipe in its text chunks.
 
     Args:
         recipe: JSON values; stored as JSON in "sjd_engine" and as the prompt line other tools read in "parameters".
+            None for an image without.
     """
     info = PngImagePlugin.PngInfo()
-    info.add_text(RECIPE, json.dumps(recipe))
-    settings = ", ".join(f"{key}: {value}" for key, value in recipe.items() if key != "prompt")
-    info.add_text("parameters", f"{recipe.get('prompt', '')}\n{settings}")
+    if recipe is not None:
+        info.add_text(RECIPE, json.dumps(recipe))
+        settings = ", ".join(f"{key}: {value}" for key, value in recipe.items() if key != "prompt")
+        info.add_text("parameters", f"{recipe.get('prompt', '')}\n{settings}")
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=info)
     return file.getvalue()

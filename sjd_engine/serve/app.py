@@ -20,6 +20,7 @@ from sjd_engine.engine import Engine
 from sjd_engine.methods import METHODS, Method
 from sjd_engine.models import ImageModel
 from sjd_engine.outputs import Generation, StreamEvent
+from sjd_engine.recipe import recipe_of
 from sjd_engine.serve import schema
 from sjd_engine.serve.loop import EngineLoop, NotServingError, QueueFullError, Ticket
 from sjd_engine.serve.metrics import Metrics
@@ -74,7 +75,7 @@ class Service:
     """What the routes do."""
 
     def __init__(self, engine: Engine, settings: Settings):
-        self.settings, self.model = settings, engine.model
+        self.settings, self.engine, self.model = settings, engine, engine.model
         self.name = settings.model_name or engine.model.name
         self.window_size = settings.window_of(engine.model)
         self.methods = served_methods(engine.model)
@@ -105,9 +106,9 @@ class Service:
         method = self.settings.method
         self.loop.start(method=method, window_size=self.default_window(method))
 
-    def default_window(self, method: str) -> int | str:
-        """Of requests that name none; "auto" of a trained drafter is a number, that of its chains."""
-        return "auto" if self.methods[method].trained else self.window_size
+    def default_window(self, method: str) -> int | None:
+        """Of requests that name none; None where chains of a trained drafter have a length of their own."""
+        return None if self.methods[method].trained else self.window_size
 
     async def generate(self, body: schema.ImageRequest, request: Request) -> Response | schema.ImagesReply:
         """One request from its acceptance to its last image."""
@@ -239,16 +240,12 @@ class Answer:
         return "the request took longer than this server allows; try again later, or ask for fewer images"
 
     def _encode(self, generation: Generation) -> list[tuple[str, schema.Stats]]:
-        method = self._ticket.arguments["method"]
+        prompt, method = self._ticket.arguments["prompt"], self._ticket.arguments["method"]
         encoded = []
-        for image, stats, seed in zip(generation.images, generation.stats, generation.seeds, strict=True):
-            recipe = {**self._recipe(seed), "nfe": stats.nfe}
-            encoded.append((png_text(image, recipe), schema.Stats.of(stats, seed, method)))
+        for i, (image, stats) in enumerate(zip(generation.images, generation.stats, strict=True)):
+            recipe = recipe_of(self._service.engine, self._service.name, prompt, generation, i)
+            encoded.append((png_text(image, recipe), schema.Stats.of(stats, generation.seeds[i], method)))
         return encoded
-
-    def _recipe(self, seed: int) -> dict[str, Any]:
-        arguments = {name: value for name, value in self._ticket.arguments.items() if name != "num_images_per_prompt"}
-        return {"model": self._service.name, **arguments, "seed": seed}
 
     def _completed(self, generation: Generation) -> list[schema.CompletedImage]:
         return [
@@ -261,11 +258,10 @@ class Answer:
         ]
 
     def _partial(self, preview: StreamEvent, number: int) -> schema.PartialImage:
-        seed = self._ticket.arguments["seed"][preview.index]
         schedule = self._service.model.schedule(preview.image.height, preview.image.width)
         return schema.PartialImage(
             created_at=int(time.time()),
-            b64_json=png_text(preview.image, {**self._recipe(seed), "num_committed": preview.num_committed}),
+            b64_json=png_text(preview.image),
             partial_image_index=number,
             image_index=preview.index,
             num_committed=preview.num_committed,

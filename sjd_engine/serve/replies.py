@@ -52,6 +52,6 @@ def sse(event: BaseModel | Mapping[str, Any], name: str) -> str:
     return f"event: {name}\ndata: {data}\n\n"
 
 
-def png_text(image: Image.Image, recipe: Mapping[str, Any]) -> str:
-    """A PNG with its recipe, in base64."""
+def png_text(image: Image.Image, recipe: Mapping[str, Any] | None = None) -> str:
+    """A PNG in base64, with a recipe where there is one."""
     return base64.b64encode(encode_png(image, recipe)).decode()

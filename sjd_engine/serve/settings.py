@@ -18,7 +18,7 @@ BODY_TIMEOUT = 30.0  # seconds that a client may take to send its body
 class Settings:
     """How requests are served.
 
-    model_name: by which clients ask for the model; None for its own.
+    model_name: by which clients ask for the model, and which recipes in images tell; None for its own.
     api_key: asked for on every route but /health, as a bearer token or as the password of a browser's dialogue; None
         lets everybody in.
     max_waiting: images that may wait beside those under way, at least those of one request; more get status 429.
