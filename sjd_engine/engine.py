@@ -31,7 +31,7 @@ class Engine:
 
     Args:
         model: "emoji" (bundled), a checkpoint folder, a loaded ImageModel, or a model that transformers has loaded from
-            a checkpoint of a known family, whose weights are copied.
+            a checkpoint of a known family, whose weights are copied; see `hf.AttachedModel` for others.
         device: None takes CUDA where there is one, else the CPU; for a model of transformers its own.
         dtype: of the transformer; None takes bfloat16 where the device computes in it, else float32; for a model of
             transformers its own.

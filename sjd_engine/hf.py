@@ -16,9 +16,12 @@ from torch import Tensor
 
 from sjd_engine.decoder import JacobiDecoder
 from sjd_engine.hf_cache import CachedRows, check_cache, prompt_positions
+from sjd_engine.models.attached import AttachedModel
 from sjd_engine.request import seed_list
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
+
+__all__ = ["AttachedModel", "generate", "generate_image"]
 
 WINDOW_SIZE = 16
 INIT = "above-sample"
@@ -81,7 +84,7 @@ def generate(
         seeds=seeds_of(seed, generator, batch_size),
         method=method or ("maximal" if sampled else "jacobi"),
         params=law.params,
-        schedule=None if schedule is None else vocabulary.localise(schedule),
+        schedule=None if schedule is None else schedule.of_codes(vocabulary.codes),
         init=init,
         reuse_threshold=reuse_threshold,
         device=input_ids.device,
@@ -265,7 +268,7 @@ def glm_image_positions(
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokens that a decoder draws among those of a model: `codes`, which the decoder counts from 0. Others, which a
-    schedule forces, it counts behind them, as `ImageModel.window_embeddings` does.
+    schedule forces, it counts behind them, see `Schedule.of_codes`.
 
     is_cut: `codes` are not the whole head.
     """
@@ -292,14 +295,6 @@ class Vocabulary:
     def ids(self, tokens: Tensor) -> Tensor:
         """The decoder's tokens as vocabulary ids."""
         return torch.where(tokens < len(self.codes), tokens + self.codes.start, tokens - len(self.codes))
-
-    def localise(self, schedule: Schedule) -> Schedule:
-        """A schedule of vocabulary ids as one of the decoder's tokens."""
-        forced = {
-            position: token - self.codes.start if token in self.codes else token + len(self.codes)
-            for position, token in schedule.forced.items()
-        }
-        return Schedule(schedule.rows, schedule.cols, forced)
 
 
 def image_tokens(model: Any) -> range | None:

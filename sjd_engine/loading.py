@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sjd_engine.models import ImageModel, load_from_transformers, load_model
+from sjd_engine.models.attached import AttachedModel
 from sjd_engine.models.linear import Matrix
 from sjd_engine.pack import computes_bfloat16, pack
 from sjd_engine.parallel import share
@@ -34,6 +35,10 @@ def load(
     first = torch.device("cpu") if tensor_parallel or quantization else None
     if isinstance(model, ImageModel):
         chosen, loaded = model.device, model
+        if isinstance(model, AttachedModel):  # whose weights are transformers' own
+            if quantization or tensor_parallel:
+                raise ValueError("quantization, tensor_parallel: expected neither for an AttachedModel")
+            return model
     elif isinstance(model, str | Path):
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         loaded = load_model(model, first or chosen, dtype or default_dtype(chosen))

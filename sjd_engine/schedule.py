@@ -50,6 +50,15 @@ class Schedule:
         forced.update({rows * (cols + 1) + i: end for i, end in enumerate(end_tokens)})
         return cls(rows, cols, forced)
 
+    def of_codes(self, codes: range) -> "Schedule":
+        """A schedule of vocabulary ids as one of image codes, which are the ids `codes`: those are counted from 0, any
+        other id t is len(codes) + t, as `ImageModel.window_embeddings` reads it."""
+        tokens = {
+            position: token - codes.start if token in codes else token + len(codes)
+            for position, token in self.forced.items()
+        }
+        return Schedule(self.rows, self.cols, tokens)
+
     @property
     def num_tokens(self) -> int:
         """T: image tokens and forced tokens."""

@@ -10,6 +10,7 @@ from tiny_checkpoints import CHECKPOINTS, PROMPT, SIZES, randomise
 from sjd_engine import CheckpointError, Engine, SamplingParams, Schedule, hf
 from sjd_engine.hf_cache import CachedRows
 from sjd_engine.models import anole, emu3, simplear
+from sjd_engine.models.detokenizers.base import Detokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -209,6 +210,94 @@ def test_seeds(sample):
         torch.manual_seed(5)
         globally.append(sample(**plain))
     assert torch.equal(*globally)
+
+
+# ------------------------------------------------------------------------- an engine over modules of transformers
+
+
+class Grey(Detokenizer):
+    """A code is a square of one grey."""
+
+    codebook_size, patch_size = 32, 2
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return (codes / 16 - 1)[:, None].repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+PLAN = {"codes": range(3, 35), "schedule": Schedule.with_line_breaks(3, 4, 35, (36,))}
+
+
+def attached(name: str, dtype: torch.dtype = torch.float32, **config) -> hf.AttachedModel:
+    """A tiny random model of the class `name`, whose image codes are the ids 3 to 34."""
+    sizes = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    if name.startswith("GPT"):
+        sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128}
+    kind = getattr(transformers, f"{name.removesuffix('LMHead')}Config")
+    tokens = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = getattr(transformers, name + ("Model" if name.endswith("LMHead") else "ForCausalLM"))
+    model = randomise(model(kind(**sizes, **tokens, **config))).to(dtype)
+    return hf.AttachedModel(model, encode=lambda text: [40, *map(len, text.split())], detokenizer=Grey(), **PLAN)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("Llama", {"head_dim": 20}), ("Qwen3", {"head_dim": 16}), ("GPT2LMHead", {})],
+    ids=["heads-of-20", "qk-norm", "learnt-positions"],
+)
+def test_decoder_only_classes_run_over_the_paged_cache(name, config):
+    ours = attached(name, **config)
+    model = ours.transformer._model
+    arguments = {"method": "exact", "window_size": 6, "guidance_scale": 1.5, "temperature": 1.5}
+    out = Engine(ours).generate(["a red cat", "two"], seed=3, output_type="pt", progress=False, **arguments)
+    assert out.images.shape == (2, 3, 6, 8)
+    assert max(image.nfe for image in out.stats) < 16
+    ids = torch.tensor([ours.build_prompt("a red cat", None, 6, 8).conditional.ids])
+    theirs = model.generate(  # the same modules with their own attention and cache
+        ids,
+        attention_mask=torch.ones_like(ids),
+        negative_prompt_ids=torch.tensor([[40]]),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=16,
+        custom_generate=hf.generate,
+        seed=3,
+        **PLAN,
+        **arguments,
+    )
+    image = PLAN["schedule"].image_positions
+    assert torch.equal(theirs[0, ids.shape[1] :][image] - 3, out.token_ids[0])
+
+
+def test_a_model_in_bfloat16_is_attached():
+    assert attached("Llama", torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("Mistral", {"sliding_window": 4}, "MistralAttention: expected plain causal attention, got sliding_window"),
+        ("Granite", {"logits_scaling": 4.0}, "GraniteForCausalLM: over paged attention its logits differ by"),
+        ("GPTJ", {"rotary_dim": 8}, "GPTJForCausalLM: (its attention cannot be replaced|over paged attention)"),
+    ],
+    ids=["Mistral", "Granite", "GPTJ"],
+)
+def test_attention_or_heads_of_another_kind(name, config, message):
+    with pytest.raises(CheckpointError, match=message):
+        attached(name, **config)
+
+
+def test_what_an_attached_model_cannot_do():
+    ours = attached("Llama")
+    with pytest.raises(ValueError, match="quantization, tensor_parallel: expected neither for an AttachedModel"):
+        Engine(ours, quantization="int8")
+    with pytest.raises(ValueError, match="height, width: LlamaForCausalLM draws 6x8 pixels, got 8x8"):
+        Engine(ours).generate("a", height=8, width=8)
+    model = ours.transformer._model
+    with pytest.raises(ValueError, match=r"codes: expected a range of ids below 50, .* got range\(30, 62\)"):
+        hf.AttachedModel(model, encode=list, codes=range(30, 62), schedule=PLAN["schedule"], detokenizer=Grey())
+    model.name_or_path = "emoji"
+    with pytest.raises(CheckpointError, match=r"no known model family; .*; see sjd_engine\.hf\.AttachedModel"):
+        Engine(model)
 
 
 # -------------------------------------------------------------------------------------------------- what it refuses

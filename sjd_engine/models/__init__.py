@@ -87,4 +87,5 @@ def read(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Im
             return model
     missing = "" if checkpoint.config else "no config.json, and "
     known = ", ".join(family.__module__.rpartition(".")[2] for family in families)
-    raise CheckpointError(f"{checkpoint}: {missing}no known model family; known: {known}")
+    remedy = "; see sjd_engine.hf.AttachedModel for others" if isinstance(checkpoint, LoadedModel) else ""
+    raise CheckpointError(f"{checkpoint}: {missing}no known model family; known: {known}{remedy}")
