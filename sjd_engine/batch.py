@@ -11,8 +11,10 @@ from sjd_engine.auto_window import DECIDE_EVERY, AutoWindow, History, PassCosts,
 from sjd_engine.decoder import JacobiDecoder, Layout
 from sjd_engine.eagle import EagleDrafter, Seen
 from sjd_engine.graph import Progress, StepGraphs
+from sjd_engine.methods import NEIGHBOURS
 from sjd_engine.models import ImageModel
 from sjd_engine.models.base import Context
+from sjd_engine.neighbours import Neighbours
 from sjd_engine.outputs import ImageStats
 from sjd_engine.prompt_cache import PromptCache
 from sjd_engine.request import Request
@@ -68,6 +70,7 @@ class Batch:
                 capacity=model.transformer.config.max_positions + request.window_size,
                 window_size=request.window_size,
             )
+        tables = model.neighbour_tables if request.init == NEIGHBOURS else None
         # One row more, which is always vacant: graphs of a fixed number of rows are filled up with it.
         decoder: Callable[..., JacobiDecoder] = JacobiDecoder
         if request.zipar_window is not None:
@@ -84,7 +87,7 @@ class Batch:
             schedule=request.schedule,
             init=request.init,
             reuse_threshold=request.reuse_threshold,
-            drafter=self._eagle or self._noisy,
+            drafter=self._eagle or self._noisy or (tables and Neighbours(tables.to(model.device))),
             tree=request.tree,
             relaxation=request.relaxation,
             codebook=model.detokenizer.code_vectors() if request.relaxation is not None else None,

@@ -1,4 +1,4 @@
-"""The command line: `sjd generate`, `redraw`, `eval`, `plot`, `serve`, `convert` and `doctor`.
+"""The command line: `sjd generate`, `redraw`, `eval`, `plot`, `serve`, `fit-drafts`, `convert` and `doctor`.
 
 Exit status 0, 2 (bad arguments) or 1 (failure, nothing written).
 """
@@ -126,6 +126,33 @@ def serve(
     run(engine, settings, host=host, port=port)
 
 
+@app.command("fit-drafts")
+def fit_drafts(
+    prompts: Annotated[Path, typer.Argument(help="Text file, a prompt a line.")],
+    model: Annotated[str, typer.Option(help="'emoji' or a checkpoint folder.")] = "emoji",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: beside the model's weights.")] = None,
+    n: Annotated[int, typer.Option("--num-images", "-n", help="Images of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: CUDA where there is one.")] = None,
+) -> None:
+    """Draw images and count which codes stand side by side: the tables of `--init neighbours`."""
+    from sjd_engine.engine import Engine
+    from sjd_engine.models import checkpoint_folder
+    from sjd_engine.models.neighbours import FILE
+    from sjd_engine.neighbours import NeighbourTables
+
+    path = checkpoint_folder(model) / FILE if output is None else output
+    check_writable(path, ".safetensors")
+    lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()]
+    engine = Engine(model, device=device)
+    out = engine.generate(
+        [line for line in lines if line], seed=seed, num_images_per_prompt=n, output_type="codes", window_size=16
+    )
+    grid = engine.model.schedule(*engine.model.image_size)
+    NeighbourTables.fit(out.token_ids.cpu().unflatten(1, (grid.rows, grid.cols)), engine.model.num_codes).save(path)
+    typer.echo(f"{path}: {len(out.token_ids):,} images of {grid.rows}x{grid.cols} codes")
+
+
 @convert.command("cosmos")
 def convert_cosmos(
     archive: Annotated[Path, typer.Argument(help="decoder.jit of Cosmos-1.0-Tokenizer-DV8x16x16.")],
@@ -227,12 +254,12 @@ def told(stats: "ImageStats") -> str:
     )
 
 
-def check_writable(output: Path) -> None:
+def check_writable(output: Path, suffix: str = ".png") -> None:
     """Refuse an output that can't be written before any work, and make nothing. Raises: ValueError naming it."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"output: expected a .png file, got {str(output)!r}")
+    if output.suffix.lower() != suffix:
+        raise ValueError(f"output: expected a {suffix} file, got {str(output)!r}")
     if output.is_dir():
-        raise ValueError(f"output: {str(output)!r} is a folder; name a .png file in it")
+        raise ValueError(f"output: {str(output)!r} is a folder; name a {suffix} file in it")
     nearest = next(folder for folder in output.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"output: cannot write {str(output)!r}: {str(nearest)!r} is not a writable folder")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sjd_engine import ops
-from sjd_engine.drafting import Drafter, Drafts, RowAbove
-from sjd_engine.methods import DRAFTED_INITS, METHODS, Method, check_init, check_relaxation, get_method
+from sjd_engine.drafting import BY_ROW_ABOVE, Drafter, Drafts, RowAbove
+from sjd_engine.methods import DRAFTED_INITS, METHODS, NEIGHBOURS, Method, check_init, check_relaxation, get_method
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -97,9 +97,10 @@ class JacobiDecoder:
         seeds: B integers of 64 bits, one for each image.
         schedule: forced tokens and grid; None: T free tokens in one row.
         init: how new drafts enter: random, left-repeat, above-repeat, left-sample, above-sample,
-            above-law.
+            above-law, above-blend, or neighbours.
         reuse_threshold: tau of `sjd++`, > 0.
-        drafter: what draws drafts anew after each pass; None leaves them to `init`, and so must it be for above-law.
+        drafter: what draws drafts anew after each pass; None leaves them to `init`, and so must it be for above-law and
+            above-blend. neighbours needs one, see `sjd_engine.neighbours.Neighbours`.
         tree: (K, D), up to K candidates for each of the first D - 1 positions, see `kernels.tree`; None for one.
         relaxation: of `gsd` and `lantern`, see `sjd_engine.methods`; None for the method's default.
         codebook: [V, E] vectors of the image codes, which those two compare.
@@ -142,6 +143,10 @@ class JacobiDecoder:
                 raise ValueError(f"{name}: expected >= {least}, got {value}")
         if get_method(method).trained and drafter is None:
             raise ValueError(f"drafter: {method} needs one, see `sjd_engine.batch`")
+        if check_init(init) == NEIGHBOURS and drafter is None:
+            raise ValueError(f"drafter: init {init!r} needs one, a `sjd_engine.neighbours.Neighbours`")
+        if init in BY_ROW_ABOVE and drafter is not None:
+            raise ValueError(f"drafter: expected None with init {init!r}, which brings its own, got {drafter}")
         seeds = check_seeds("seeds", seeds)
         if len(seeds) != batch_size:
             raise ValueError(f"seeds: expected {batch_size}, one for each image, got {len(seeds)}")
@@ -154,7 +159,7 @@ class JacobiDecoder:
         self.method = get_method(method)
         if bool(self.method.rows_at_once) != self.decodes_rows:
             raise ValueError(f"method: {type(self).__name__} does not decode {method}; Engine.generate does")
-        self.init = check_init(init)
+        self.init = init
         self.relaxation = check_relaxation(self.method, relaxation)
         self._acceptance = ops.acceptance(self.method.acceptance, codebook, self.relaxation)
         self.window_size = 1 if self.method.one_token else window_size
@@ -166,18 +171,19 @@ class JacobiDecoder:
         self.reuse_threshold = reuse_threshold
         self.device = torch.device(device)
         self._grid = schedule.grid(self.device)
-        if self.init in DRAFTED_INITS:
-            if drafter is not None:
-                raise ValueError(f"drafter: expected None with init {init!r}, which brings its own, got {drafter}")
-            longest = self.max_window_size - self.num_extra
-            if RowAbove.is_needed(self.chain_size, longest, self._grid):
-                drafter = RowAbove(batch_size, longest, vocab_size, self._grid)
-        self._drafter = drafter
+        self._drafter = drafter or self._own_drafter(batch_size)
         self._row_params = [self.params] * batch_size
         self._reuse_threshold = torch.full((batch_size,), float(reuse_threshold), device=self.device)
         self._seeds = torch.tensor([signed_64(seed) for seed in seeds], device=self.device)
         self.warp_arguments = self.params.warp_arguments(batch_size, vocab_size, self.device)
         self._state = self._first_state(self._seeds)
+
+    def _own_drafter(self, batch_size: int) -> Drafter | None:
+        """What `init` needs beside the way that drafts enter in the pass itself."""
+        longest = self.max_window_size - self.num_extra
+        if self.init not in BY_ROW_ABOVE or not RowAbove.is_needed(self.init, self.chain_size, longest, self._grid):
+            return None
+        return RowAbove(batch_size, longest, self.vocab_size, self._grid, uniform=BY_ROW_ABOVE[self.init])
 
     def _first_state(self, seeds: Tensor) -> ops.WindowState:
         chain_size = self.max_window_size - self.num_extra

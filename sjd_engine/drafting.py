@@ -88,23 +88,27 @@ class Drafter(Protocol):
         """No sync with the device, and the same shapes in every call for a window: CUDA graphs capture it."""
 
 
-class RowAbove:
-    """`above-law`: `above-sample` that remembers the law one row up where it has left a window shorter than a row.
+MOST = 8  # drafts that a drafter of entering tokens draws in a pass, the last ones: rarely too few
+BY_ROW_ABOVE = {"above-law": 0.0, "above-blend": 1 / 16}  # inits by `RowAbove`, and their share of the uniform law
 
-    At most `MOST` drafts of a pass enter by it, which is rarely too few; those before them are random.
+
+class RowAbove:
+    """Drafts enter by the law one row up, remembered from the pass that computed it.
+
+    `above-law`: only where that position has left a window shorter than a row; elsewhere `above-sample` does the same.
+    `above-blend`: everywhere, mixed with a share of the uniform law.
 
     Args:
         batch_size, max_window_size, vocab_size: B, W, V.
         grid: of the images.
+        uniform: share of the uniform law, in [0, 1).
 
     Attributes:
         tensors: what it carries from pass to pass.
     """
 
-    MOST = 8
-
-    def __init__(self, batch_size: int, max_window_size: int, vocab_size: int, grid: ops.Grid):
-        self._rows_apart = rows_apart(grid)
+    def __init__(self, batch_size: int, max_window_size: int, vocab_size: int, grid: ops.Grid, *, uniform: float = 0.0):
+        self._rows_apart, self._uniform = rows_apart(grid), uniform
         shape, device = (batch_size, self._rows_apart + max_window_size), grid.above.device
         # Of position t at t modulo the length. An image writes all that it reads.
         self.tensors = {
@@ -113,10 +117,12 @@ class RowAbove:
         }
 
     @staticmethod
-    def is_needed(window_size: int, max_window_size: int, grid: ops.Grid) -> bool:
-        """Some windows may be shorter than a row: the first, or one that comes later."""
-        widest = max(rows_apart(grid), max_window_size)
-        return rows_apart(grid) > 0 and max_window_size > 1 and window_size < widest
+    def is_needed(init: str, window_size: int, max_window_size: int, grid: ops.Grid) -> bool:
+        """There is a row above, and for `above-law` some windows may be shorter than a row: the first, or one that
+        comes later."""
+        if max_window_size == 1 or not rows_apart(grid):
+            return False
+        return BY_ROW_ABOVE[init] > 0 or window_size < max(rows_apart(grid), max_window_size)
 
     def __call__(self, drafts: Drafts) -> None:
         scores, laws = self.tensors["scores"], self.tensors["laws"]
@@ -126,15 +132,20 @@ class RowAbove:
         first, device, length, each = drafts.first[sequences, None], scores.device, scores.shape[1], sequences[:, None]
         slots = (first + torch.arange(drafts.window_size, device=device)) % length
         scores[each, slots], laws[each, slots] = drafts.scores(sequences), drafts.laws(sequences)
-        if drafts.window_size >= self._rows_apart:
+        if drafts.window_size >= self._rows_apart and not self._uniform:
             return
 
-        row = max(0, drafts.num_drafts - self.MOST)
+        row = max(0, drafts.num_drafts - MOST)
         positions = drafts.positions[sequences, row:].clamp_max(drafts.grid.num_tokens - 1)
         above = drafts.grid.above[positions]
         slots = above.clamp_min(0) % length
         weights = ops.law_weights(scores[each, slots], laws[each, slots])
-        where = drafts.entered[sequences, row:] & (above >= 0) & (above < first)
+        left_out = first
+        if self._uniform:
+            law = weights / weights.sum(-1, keepdim=True).clamp_min(1)  # its peak is 1
+            weights = (1 - self._uniform) * law + self._uniform / law.shape[-1]
+            left_out = first + drafts.window_size  # of the window of this pass, too
+        where = drafts.entered[sequences, row:] & (above >= 0) & (above < left_out)
         drafts.redraw(row, weights, where, sequences)
 
 

@@ -122,8 +122,8 @@ class Engine:
             temperature: > 0. top_k: >= 0, 0 keeps all. top_p: in (0, 1].
             negative_prompt: one text, or one for each prompt; takes the place of the empty caption in guidance.
             height, width: pixels; a size the model was trained for.
-            init: random, left-repeat, above-repeat, left-sample, above-sample or above-law; see
-                `kernels.reference.fill_window` and `sjd_engine.drafting.RowAbove`.
+            init: random, left-repeat, above-repeat, left-sample, above-sample, above-law, above-blend or neighbours;
+                see `kernels.reference.fill_window`, `sjd_engine.drafting.RowAbove` and `sjd_engine.neighbours`.
             reuse_threshold: tau of sjd++, > 0.
             tree: (K, D), up to K candidates for each of the first D - 1 tokens of a window, whose tokens count among
                 window_size; for maximal, gumbel and sjd. None for one candidate. With a tree "auto" is the model's

@@ -108,8 +108,9 @@ METHODS = {
 }
 TRAINING_FREE = tuple(name for name, method in METHODS.items() if not method.trained)  # for any model
 INITS = ("random", "left-repeat", "above-repeat", "left-sample", "above-sample")
-# By a drafter of `sjd_engine.drafting`; beside it, how drafts enter that it leaves alone.
-DRAFTED_INITS = {"above-law": "above-sample"}
+# By a drafter of `sjd_engine.drafting` or `sjd_engine.neighbours`; beside it, how drafts enter that it leaves alone.
+NEIGHBOURS = "neighbours"
+DRAFTED_INITS = {"above-law": "above-sample", "above-blend": "above-sample", NEIGHBOURS: "above-sample"}
 ALL_INITS = (*INITS, *DRAFTED_INITS)
 
 

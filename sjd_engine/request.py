@@ -6,10 +6,11 @@ from typing import Any
 
 from sjd_engine.decoder import check_seed, check_seeds, check_tree
 from sjd_engine.images import OUTPUT_TYPES
-from sjd_engine.methods import DRAFTED_INITS, INITS, Method, check_init, check_relaxation, get_method
+from sjd_engine.methods import DRAFTED_INITS, INITS, NEIGHBOURS, Method, check_init, check_relaxation, get_method
 from sjd_engine.models.base import ImageModel, Prompt
 from sjd_engine.models.draft_head import FILE
 from sjd_engine.models.fine_tuned import WEIGHTS
+from sjd_engine.models.neighbours import FILE as NEIGHBOURS_FILE
 from sjd_engine.ops import Tree
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
@@ -136,6 +137,11 @@ def make_request(
     if zipar_window is not None:
         window_size, auto_window = ZipDecoder.window_size_of(schedule, zipar_window), False
     init = check_init(model.defaults.init if init is None else init)
+    if init == NEIGHBOURS and model.neighbour_tables is None:
+        raise ValueError(
+            f"init: {init} draws from tables, which {model.name} has none of: put {NEIGHBOURS_FILE} beside its weights "
+            "(`sjd fit-drafts` makes it), or take another init"
+        )
     if decoding.trained and init in DRAFTED_INITS:
         raise ValueError(f"init: {method} has a drafter already, got {init!r}; choose one of {', '.join(INITS)}")
     steps, verify = check_denoising(decoding, steps, verify)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sjd_engine import Engine, cli
+from sjd_engine.models.neighbours import FILE, load_neighbours
 
 
 @dataclass
@@ -54,6 +55,16 @@ def test_several_images_get_numbers(sjd, tmp_path):
     done = sjd("generate", "a cat", "-n", "2", "-o", "cat.png")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat-0.png", "cat-1.png"]
+
+
+def test_fit_drafts_writes_tables_of_the_model_s_own_images(sjd, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple\n\na cat\n")
+    done = sjd("fit-drafts", "prompts.txt", "-n", "1", "-o", FILE)
+    assert done.returncode == 0, done.stderr
+    assert f"{FILE}: 2 images of 16x16 codes" in done.stdout
+    assert load_neighbours(tmp_path, 1000) is not None
+    assert sjd("fit-drafts", "prompts.txt", "-o", "tables.png").returncode == 2
+    assert sjd("fit-drafts", "missing.txt", "-o", FILE).returncode == 1
 
 
 @pytest.fixture

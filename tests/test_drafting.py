@@ -9,6 +9,9 @@ import torch
 
 from sjd_engine import JacobiDecoder, SamplingParams, Schedule, ops
 from sjd_engine.drafting import RowAbove
+from sjd_engine.errors import CheckpointError
+from sjd_engine.models.neighbours import FILE, load_neighbours
+from sjd_engine.neighbours import ABOVE, LEFT, Neighbours, NeighbourTables
 from sjd_engine.testing import TableModel, decode, g_test, outcome_counts
 
 VOCAB = TOKENS = 4
@@ -56,7 +59,7 @@ def p_value(method, drafter=None, *, window=TOKENS, params=None, schedule=SQUARE
         seeds=range(COUNT),
         drafter=drafter,
     )
-    assert drafter or init == "random" or isinstance(decoder._drafter, RowAbove)
+    assert init == "random" or isinstance(decoder._drafter, RowAbove | Neighbours)
     law = model.joint(decoder)
     counts = outcome_counts(decode(model, decoder), VOCAB)
     assert not decoder._state.zero_draft_prob.any(), "a draft outside its own law"
@@ -80,6 +83,60 @@ def test_some_drafts_of_any_law_with_top_k_and_forced_tokens(method):
 def test_the_remembered_row_above_leaves_the_law_of_images(method, schedule):
     warping = {"params": SamplingParams(top_k=3)} if schedule.forced else {}
     assert p_value(method, init="above-law", window=2, schedule=schedule, **warping) > 1e-5
+
+
+ENTERING = pytest.mark.parametrize(
+    ("schedule", "window"), [(SQUARE, TOKENS), (APART["lines"], 2)], ids=["square-4", "lines-2"]
+)
+
+
+@ENTERING
+@pytest.mark.parametrize("method", ["sjd", "maximal", "gumbel", "exact"])
+def test_a_blend_with_the_uniform_law_leaves_the_law_of_images(method, schedule, window):
+    warping = {"params": SamplingParams(top_k=3)} if schedule.forced else {}
+    assert p_value(method, init="above-blend", window=window, schedule=schedule, **warping) > 1e-5
+
+
+TABLES = NeighbourTables.fit(torch.randint(VOCAB, (3, 4, 4), generator=torch.Generator().manual_seed(2)), VOCAB)
+
+
+@ENTERING
+@pytest.mark.parametrize("method", ["sjd", "maximal", "gumbel", "exact"])
+def test_tables_of_neighbours_leave_the_law_of_images(method, schedule, window):
+    assert p_value(method, Neighbours(TABLES), init="neighbours", window=window, schedule=schedule) > 1e-5
+
+
+def test_a_table_says_what_stands_beside_a_code_and_shares_the_rest():
+    images = torch.tensor([[[0, 1, 0], [1, 0, 1], [0, 1, 2]]])
+    tables = NeighbourTables.fit(images, 5)
+    prior = (torch.tensor([4.0, 4, 1, 0, 0]) + 1) / 14
+    torch.testing.assert_close(tables.prior, prior)
+    # Behind 1 stand 0, 0 and 2; five pseudo-counts as the prior has them.
+    behind_one = (torch.tensor([2.0, 0, 1, 0, 0]) + 5 * prior) / 8
+    torch.testing.assert_close(tables.factor(LEFT, torch.tensor(1)) * prior, behind_one)
+    below_zero = (torch.tensor([0.0, 3, 0, 0, 0]) + 5 * prior) / 8
+    torch.testing.assert_close(tables.factor(ABOVE, torch.tensor(0)) * prior, below_zero)
+    both = behind_one * below_zero / prior
+    torch.testing.assert_close(tables.weights(torch.tensor([1]), torch.tensor([0])), (both / both.max())[None])
+    alone = tables.weights(torch.tensor([-1]), torch.tensor([-1]))
+    torch.testing.assert_close(alone, (prior / prior.max())[None])
+
+
+def test_tables_that_are_read_are_those_that_were_written(tmp_path):
+    assert load_neighbours(tmp_path, VOCAB) is None
+    TABLES.save(tmp_path / FILE)
+    read = load_neighbours(tmp_path, VOCAB)
+    assert all(torch.equal(tensor, vars(TABLES)[name]) for name, tensor in vars(read).items())
+    with pytest.raises(CheckpointError, match=r"prior must be \[5\], got \[4\]"):
+        load_neighbours(tmp_path, VOCAB + 1)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(0, 2, 2).long(), torch.full((1, 2, 2), VOCAB), torch.zeros(2, 2).long()]
+)
+def test_tables_are_fitted_to_codes_of_the_model(images):
+    with pytest.raises(ValueError, match="fit: "):
+        NeighbourTables.fit(images, VOCAB)
 
 
 def test_a_law_that_was_not_drawn_from_fails(monkeypatch):
@@ -119,8 +176,11 @@ def wrong_laws(monkeypatch):
 
 
 @pytest.mark.usefixtures("wrong_laws")
-def test_a_remembered_law_that_was_not_drawn_from_fails():
-    assert p_value("maximal", init="above-law", window=2, schedule=APART["wide"]) < 1e-20
+@pytest.mark.parametrize(
+    ("init", "drafter"), [("above-law", None), ("above-blend", None), ("neighbours", Neighbours(TABLES))]
+)
+def test_a_law_of_entering_drafts_that_was_not_drawn_from_fails(init, drafter):
+    assert p_value("maximal", drafter, init=init, window=2, schedule=APART["wide"]) < 1e-20
 
 
 def test_the_remembered_row_goes_on_where_it_stopped():
@@ -148,6 +208,18 @@ def test_an_image_with_a_remembered_row_is_the_same_alone_and_in_a_batch(engine)
     assert torch.equal(together[1:], alone)
 
 
-def test_above_law_brings_its_own_drafter():
+@pytest.mark.parametrize("init", ["above-law", "above-blend"])
+def test_laws_of_the_row_above_bring_their_own_drafter(init):
     with pytest.raises(ValueError, match="drafter: expected None"):
-        p_value("maximal", Table(), init="above-law")
+        p_value("maximal", Table(), init=init)
+
+
+def test_neighbours_need_tables(engine, monkeypatch):
+    with pytest.raises(ValueError, match=r"drafter: init 'neighbours' needs one"):
+        p_value("maximal", init="neighbours")
+    monkeypatch.setattr(engine.model, "neighbour_tables", None)
+    with pytest.raises(
+        ValueError,
+        match=r"init: neighbours draws from tables, which emoji has none of: .* \(`sjd fit-drafts` makes it\)",
+    ):
+        engine.generate("a cat", init="neighbours")

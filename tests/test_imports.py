@@ -16,6 +16,7 @@ LEVELS = [
     {"sjd_engine.ops", "sjd_engine.sampling", "sjd_engine.methods", "sjd_engine.images"},
     {"sjd_engine.schedule", "sjd_engine.kv_cache", "sjd_engine.denoise"},
     {"sjd_engine.drafting"},
+    {"sjd_engine.neighbours"},
     {"sjd_engine.decoder", "sjd_engine.models", "sjd_engine.zipar", "sjd_engine.hf_cache"},
     {"sjd_engine.sjd2"},
     {"sjd_engine.outputs", "sjd_engine.request", "sjd_engine.parallel", "sjd_engine.quantize", "sjd_engine.pack"},

@@ -12,6 +12,7 @@ from sjd_engine.models.base import ImageModel
 from sjd_engine.models.checkpoint import Checkpoint, LoadedModel
 from sjd_engine.models.draft_head import load_draft_head
 from sjd_engine.models.fine_tuned import base_of, fine_tune
+from sjd_engine.models.neighbours import load_neighbours
 
 __all__ = ["ImageModel", "load_from_transformers", "load_model"]
 
@@ -84,6 +85,7 @@ def read(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Im
         if family.matches(checkpoint):
             model = family(checkpoint, device, dtype)
             model.draft_head = load_draft_head(checkpoint.folder, model.transformer)
+            model.neighbour_tables = load_neighbours(checkpoint.folder, model.num_codes)
             return model
     missing = "" if checkpoint.config else "no config.json, and "
     known = ", ".join(family.__module__.rpartition(".")[2] for family in families)

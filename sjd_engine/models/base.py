@@ -12,6 +12,7 @@ from sjd_engine.errors import CheckpointError
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.detokenizers.base import Detokenizer
 from sjd_engine.models.draft_head import DraftHead
+from sjd_engine.neighbours import NeighbourTables
 from sjd_engine.sampling import SamplingParams
 from sjd_engine.schedule import Schedule
 
@@ -78,6 +79,7 @@ class ImageModel(ABC):
         transformer: blocks, embedding and image head.
         draft_head: for the method `eagle`; None where the checkpoint has none.
         denoiser: for the method `sjd2`; None where the model was not fine-tuned for it.
+        neighbour_tables: for init="neighbours"; None where the checkpoint has none.
         detokenizer: codes to pixels.
         num_codes: V.
         first_code: vocabulary row of image code 0.
@@ -90,6 +92,7 @@ class ImageModel(ABC):
     transformer: Transformer
     draft_head: DraftHead | None = None
     denoiser: Denoiser | None = None
+    neighbour_tables: NeighbourTables | None = None
     detokenizer: Detokenizer
     num_codes: int
     first_code: int
