@@ -1,6 +1,6 @@
 """Measure the model that was fine-tuned for SJD2: nats a token against its base, passes of an image, a sheet of samples.
 
-    python examples/emoji/sjd2_card.py --cache .cache/emoji --model out/emoji-sjd2
+    python examples/emoji/sjd2_card.py --cache .cache/emoji --model sjd_engine/assets/emoji-sjd2
 
 Writes README.md and samples.png into the model's folder; the last line is one JSON document.
 """
@@ -54,13 +54,13 @@ def sheet(engine: Engine, path: Path, seed: int) -> None:
 
 CARD = """# emoji-sjd2: the emoji model, fine-tuned to read noise in the place of drafts
 
-`Engine("out/emoji-sjd2").generate("a red apple", method="sjd2")`. The folder holds what differs from `emoji`: blocks, final
+`Engine("emoji-sjd2").generate("a red apple", method="sjd2")`. The folder holds what differs from `emoji`: blocks, final
 norm and the timestep encoding. Embedding, head, text and image tokenizers are those of the base.
 
 | | |
 |---|---|
 | training | {steps} steps of {batch} pictures, each read twice: clean, and in noisy segments (`examples/emoji/train_sjd2.py`); Muon and AdamW, one CPU core |
-| noise | rectified flow on embeddings of mean 0 and variance 1; all times in (0, 1], so that any number of levels K can be decoded with; K = {default} by default |
+| noise | rectified flow on embeddings of mean 0 and variance 1; all times in (0, 1], so that any number of levels K can be decoded with; K = {default} by default, the fewest passes of `clean` |
 | data, licences | those of `emoji` |
 
 ## Held-out likelihood
@@ -94,7 +94,7 @@ Written by `python examples/emoji/sjd2_card.py`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"))
-    parser.add_argument("--model", type=Path, default=Path("out/emoji-sjd2"))
+    parser.add_argument("--model", type=Path, default=Path("sjd_engine/assets/emoji-sjd2"))
     parser.add_argument("--base", type=Path, default=Path("sjd_engine/assets/emoji"))
     parser.add_argument("--log", type=Path, help="of the training; default: in the cache")
     parser.add_argument("--batch-size", type=int, default=8, help="of the training")

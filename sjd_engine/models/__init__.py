@@ -16,7 +16,7 @@ from sjd_engine.models.neighbours import load_neighbours
 
 __all__ = ["ImageModel", "load_from_transformers", "load_model"]
 
-BUNDLED = {"emoji"}
+BUNDLED = {"emoji", "emoji-sjd2"}
 
 
 def checkpoint_folder(name: str | Path) -> Path:

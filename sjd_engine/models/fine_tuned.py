@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
 from sjd_engine.errors import CheckpointError
+from sjd_engine.files import written_whole
 from sjd_engine.models.base import ImageModel
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.checkpoint import read_json, read_tensors
@@ -82,7 +83,8 @@ def save_fine_tuned(model: ImageModel, folder: Path, base: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{TRANSFORMER}{name}": p for name, p in trained_parameters(model.transformer).items()}
     tensors |= {f"{DENOISER}{name}": p for name, p in model.denoiser.named_parameters()}
-    save_file({name: p.detach().contiguous() for name, p in tensors.items()}, folder / WEIGHTS)
+    with written_whole(folder / WEIGHTS) as file:
+        file.write(save({name: p.detach().contiguous() for name, p in tensors.items()}))
     config = {"base": base, "name": folder.name, "schedule": asdict(model.denoiser.schedule)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -106,3 +106,12 @@ def test_files_that_do_not_fit_are_refused(folder, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         load_model(folder, CPU, torch.float32)
+
+
+def test_the_bundled_one_needs_fewer_passes_than_drafts_redrawn():
+    engine = Engine("emoji-sjd2", device="cpu", dtype=torch.bfloat16)
+    passes = {}
+    for method in ("sjd", "sjd2"):
+        out = engine.generate(PROMPTS, num_images_per_prompt=2, method=method, window_size=32, output_type="codes")
+        passes[method] = sum(stats.nfe for stats in out.stats)
+    assert passes["sjd2"] <= 0.75 * passes["sjd"], passes
