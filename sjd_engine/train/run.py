@@ -25,6 +25,7 @@ def add_arguments(parser: ArgumentParser, *, batch_size: int, lr: float) -> None
     """Those of every fine-tuning, with the defaults that differ."""
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the weights of the checkpoint, and end")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the log, and end")
+    parser.add_argument("--levels", type=int, default=1, metavar="K", help="of noise; the default in decoding")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--lr", type=float, default=lr)
@@ -51,7 +52,7 @@ def new_trainer(model: ImageModel, args: Namespace) -> Trainer:
     if args.compile:  # `Transformer.cast` changed them in place, which torch.compile refuses
         transformer.cos, transformer.sin = transformer.cos.clone(), transformer.sin.clone()
     rows = transformer.embedding[model.first_code :][: model.num_codes]
-    denoiser = Denoiser.new(rows, NoiseSchedule(), args.seed, normalise=args.normalise)
+    denoiser = Denoiser.new(rows, NoiseSchedule(steps=args.levels), args.seed, normalise=args.normalise)
     return Trainer(
         transformer,
         denoiser.to(model.device),
