@@ -36,9 +36,7 @@ PAGE = {
 PAGE_POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 KEEP_ALIVE = 15.0  # seconds of silence after which a stream says that it is there
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.ErrorReply} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
-}
+REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": schema.ErrorReply} for status in ("4XX", "5XX")}
 
 
 def make_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
@@ -301,7 +299,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def list_models() -> schema.ModelList:
         return schema.ModelList(data=[service.info])
 
-    @app.get("/v1/models/{name}", responses={404: REFUSALS[404]}, response_model=schema.ModelInfo)
+    @app.get("/v1/models/{name}", responses=REFUSALS, response_model=schema.ModelInfo)
     async def retrieve_model(name: str) -> Any:
         if name != service.name:
             return error_reply(404, f"model: this server has {service.name!r}", param="model", code="model_not_found")
