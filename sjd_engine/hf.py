@@ -194,7 +194,9 @@ def decode(
     """
     while not decoder.done:
         before = decoder.num_committed
-        logits = rows.logits(*decoder.window())
+        ids, positions = decoder.window()
+        # The model may have no position for slots past the image's end.
+        logits = rows.logits(ids, positions.clamp_max(decoder.num_tokens - 1))
         after = decoder.verify(logits if warped is None else warped(logits)).num_committed
         rows.keep(after - before)
         if stop is not None:

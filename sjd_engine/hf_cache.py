@@ -48,11 +48,9 @@ class CachedRows:
         Args:
             inputs: input_ids or inputs_embeds, and what the model reads beside them.
         """
-        mask, positions = self._mask, self._positions
-        self._mask = mask[:, :-1]
+        self._mask = self._mask[:, :-1]
         if self._mask.shape[1]:
-            self._run(self._mask, positions[..., :-1], **inputs)
-        self._mask = mask[:, :-1]
+            self._run(self._mask, self._positions[..., :-1], **inputs)
 
     def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         """[B, W, V], or [2, B, W, V] with guidance, of the windows ids [B, W] at positions [B, W], see

@@ -134,6 +134,15 @@ def test_greedy_decoding_is_that_of_transformers(qwen2, prompts, more):
         assert torch.equal(ours, expected)
 
 
+def test_the_last_window_stays_within_the_models_positions():
+    config = transformers.GPT2Config(vocab_size=50, n_embd=64, n_head=4, n_layer=2, n_positions=20)
+    model = randomise(transformers.GPT2LMHeadModel(config))
+    arguments = {"inputs": torch.tensor([[3, 4, 5]]), "max_new_tokens": 17, "do_sample": False, "pad_token_id": 0}
+    arguments |= {"attention_mask": torch.ones(1, 3, dtype=torch.int64), "eos_token_id": None}
+    expected = model.generate(**arguments)
+    assert torch.equal(model.generate(**arguments, custom_generate=hf.generate, window_size=7), expected)
+
+
 def test_glm_image_places_its_tokens_in_a_grid():
     if not hasattr(transformers, "GlmImageForConditionalGeneration"):
         pytest.skip("transformers has it since 5.0")
