@@ -319,7 +319,8 @@ class TestEnd:
         clients = [threading.Thread(target=keep_asking, args=(seed,)) for seed in range(6)]
         for thread in clients:
             thread.start()
-        time.sleep(1.5)
+        while len(outcomes) < 3:
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         for thread in clients:
             thread.join()
@@ -327,7 +328,7 @@ class TestEnd:
         assert process.wait() in (0, -signal.SIGTERM)
         (counts,) = [line for line in log.splitlines() if "accepted" in line]
         assert f"{len(outcomes)} requests accepted, {len(outcomes)} answered" in counts
-        assert len(outcomes) >= 6
+        assert len(outcomes) > 3, "what waited is answered, too"
 
 
 def test_a_missing_extra_tells_the_one_command():
