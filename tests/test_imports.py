@@ -28,7 +28,7 @@ LEVELS = [
     {"sjd_engine.pipeline"},
     {"sjd_engine", "sjd_engine.hf", "sjd_engine.options", "sjd_engine.statistics", "sjd_engine.testing"},
     {"sjd_engine.lossless", "sjd_engine.recipe", "sjd_engine.trajectory"},
-    {"sjd_engine.plot", "sjd_engine.evaluate", "sjd_engine.serve"},
+    {"sjd_engine.evaluate", "sjd_engine.plot", "sjd_engine.scale_out", "sjd_engine.serve"},
     {"sjd_engine.cli", "sjd_engine.integrations"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -28,6 +28,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Image i of the run has seed + i.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the images whose hashes are right.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images decoded together.")] = 8,
+    ray: Annotated[bool, typer.Option("--ray", help="Draw on a Ray cluster, or on one started here.")] = False,
+    workers: Annotated[int, typer.Option(help="With --ray: engines.")] = 2,
+    gpus_per_worker: Annotated[float, typer.Option(help="With --ray: 0 decodes on CPUs.")] = 0,
+    cpus_per_worker: Annotated[float, typer.Option(help="With --ray.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="Of a cluster; default: RAY_ADDRESS, else one here.")] = None,
     batch_invariant: Annotated[
         bool | None, typer.Option(help="Images that do not depend on the batch; default: in float32.")
     ] = None,
@@ -38,6 +43,7 @@ def generate(
     """Draw every image of a prompt file, where and how its evaluator reads them."""
     from sjd_engine.evaluate import generate as drawing
     from sjd_engine.evaluate.layouts import get_layout
+    from sjd_engine.scale_out import RayPool
 
     if window is not None:
         arguments["window_size"] = options.window_size(window)
@@ -51,6 +57,7 @@ def generate(
         images_per_prompt=images_per_prompt,
         limit=limit,
         resume=resume,
+        source=RayPool(workers, gpus_per_worker, cpus_per_worker, ray_address) if ray else None,
     )
     typer.echo(f"{output / chosen.root}: complete, {kept} images were there; read by {chosen.source}")
 

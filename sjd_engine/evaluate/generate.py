@@ -2,11 +2,11 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -43,18 +43,15 @@ class Artist:
             self.model, device=self.device, max_batch_size=self.batch_size, batch_invariant=self.batch_invariant
         )
 
-    def resolved(self, engine: Engine) -> "Artist":
-        """With the defaults of `engine` filled in, and a named window where it would be "auto": windows that follow the
-        clock give images that nobody can draw again. Raises: ValueError, TypeError for bad arguments."""
+    def settings(self, engine: Engine) -> dict[str, Any]:
+        """What every image of `engine` depends on; JSON values. Among them the arguments with the defaults filled in,
+        and a named window where it would be "auto": windows that follow the clock give images that nobody can draw
+        again. Raises: ValueError, TypeError for bad arguments."""
         arguments = make_request(engine.model, "any", **self.arguments).arguments
         if arguments["window_size"] == AUTO:
             arguments["window_size"] = engine.model.defaults.window_size
-        return replace(self, arguments=arguments)
-
-    def settings(self, engine: Engine) -> dict[str, Any]:
-        """What every image of `engine` depends on; JSON values."""
         around = surroundings(engine, self.model)
-        return {**around, "batch_invariant": engine.batch_invariant, "arguments": self.arguments}
+        return {**around, "batch_invariant": engine.batch_invariant, "arguments": arguments}
 
     def draw(self, engine: Engine, shots: Iterable[Shot]) -> Iterator[tuple[dict[str, Any], bytes]]:
         """(record, bytes of the file) of every image as it is complete; no bytes where it failed."""
@@ -86,7 +83,25 @@ def failure(shot: Shot, error: Exception | None) -> dict[str, Any]:
     return {**vars(shot), "status": FAILED, "error": f"{type(error).__name__}: {error}"}
 
 
-Source = Callable[[Artist, Engine, list[Shot]], Iterator[tuple[dict[str, Any], bytes]]]
+class Source(Protocol):
+    """What draws the images of a run: this process, or `sjd_engine.scale_out`."""
+
+    def settings(self, artist: Artist) -> dict[str, Any]:
+        """`Artist.settings` where the images will be drawn."""
+
+    def draw(self, artist: Artist, shots: list[Shot]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """`Artist.draw` of all shots, in any order."""
+
+
+class ThisProcess:
+    """One engine here."""
+
+    def settings(self, artist: Artist) -> dict[str, Any]:
+        self._engine = artist.engine()
+        return artist.settings(self._engine)
+
+    def draw(self, artist: Artist, shots: list[Shot]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        return artist.draw(self._engine, shots)
 
 
 def generate(
@@ -99,7 +114,7 @@ def generate(
     images_per_prompt: int | None = None,
     limit: int | None = None,
     resume: bool = False,
-    source: Source = Artist.draw,
+    source: Source | None = None,
     progress: bool | None = None,
 ) -> int:
     """Draw the images of a prompt file.
@@ -113,7 +128,7 @@ def generate(
         images_per_prompt: None for what the layout's protocol asks for.
         limit: prompts from the file's beginning; None for all.
         resume: keep the images that are there, after checking their hashes.
-        source: what draws: this process, or `sjd_engine.scale_out`.
+        source: what draws; None for this process.
         progress: a bar on stderr; None shows it on a terminal.
     Returns: images of the run that were there before.
     Raises: ValueError, TypeError for bad arguments, before anything is drawn. SJDError where some images failed: the
@@ -127,9 +142,9 @@ def generate(
         raise ValueError(
             f"prompts: {str(prompts)!r} gives two images one file; expected prompts with numbers of their own"
         )
-    engine = artist.engine()
-    artist = artist.resolved(engine)
-    settings = {"layout": layout.name, "num_images": len(shots), **artist.settings(engine)}
+    source = ThisProcess() if source is None else source
+    settings = {"layout": layout.name, "num_images": len(shots), **source.settings(artist)}
+    artist = replace(artist, arguments=settings["arguments"])
     manifest = Manifest(output, settings, shots, resume=resume)
     for file, text in layout.beside(entries).items():
         write(output / file, text.encode())
@@ -137,7 +152,7 @@ def generate(
     with tqdm(
         total=len(shots), initial=manifest.num_kept, unit="image", disable=None if progress is None else not progress
     ) as bar:
-        for record, content in source(artist, engine, manifest.todo) if manifest.todo else ():
+        for record, content in source.draw(artist, manifest.todo) if manifest.todo else ():
             if record["status"] == DONE:
                 write(output / record["file"], content)
             else:

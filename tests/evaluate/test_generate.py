@@ -1,12 +1,13 @@
 """Runs that stop and go on, and images that depend on nothing but their line of the manifest."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from sjd_engine import Engine, SJDError
-from sjd_engine.evaluate.generate import Artist, generate
+from sjd_engine.evaluate.generate import Artist, ThisProcess, generate
 from sjd_engine.evaluate.layouts import get_layout
 from sjd_engine.evaluate.manifest import read_images, read_run, sha256
 from sjd_engine.recipe import read_recipe
@@ -52,15 +53,15 @@ def test_images_are_those_of_their_seeds(whole):
 
 
 def test_a_run_goes_on_with_the_images_whose_hashes_are_right(prompts, whole, tmp_path):
-    def stopping(artist, engine, shots):
+    class Stopping(ThisProcess):
         """Draws two images and is then stopped."""
-        for count, drawn in enumerate(artist.draw(engine, shots)):
-            if count == 2:
-                raise KeyboardInterrupt
-            yield drawn
+
+        def draw(self, artist, shots):
+            yield from islice(super().draw(artist, shots), 2)
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw(prompts, tmp_path / "run", source=stopping)
+        draw(prompts, tmp_path / "run", source=Stopping())
     with pytest.raises(ValueError, match="holds 2 of 3 images"):
         read_images(tmp_path / "run")
     with pytest.raises(ValueError, match="go on with --resume"):

@@ -23,12 +23,17 @@ GENEVAL = [
 ]
 
 
-def blank(artist, engine, shots):
+class Blank:
     """A source of white images."""
-    for shot in shots:
-        encode = encode_jpeg if shot.file.endswith(".jpg") else encode_png
-        content = encode(Image.new("RGB", (8, 8), "white"), {"prompt": shot.prompt})
-        yield {**vars(shot), "status": DONE, "sha256": sha256(content)}, content
+
+    def settings(self, artist):
+        return {"arguments": artist.arguments}
+
+    def draw(self, artist, shots):
+        for shot in shots:
+            encode = encode_jpeg if shot.file.endswith(".jpg") else encode_png
+            content = encode(Image.new("RGB", (8, 8), "white"), {"prompt": shot.prompt})
+            yield {**vars(shot), "status": DONE, "sha256": sha256(content)}, content
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def run(tmp_path):
             (tmp_path / "prompts").write_text(prompts, encoding="utf-8")
             prompts = tmp_path / "prompts"
         layout = get_layout(name)
-        generate(prompts, tmp_path / "run", layout, Artist("emoji", {}), source=blank, progress=False, **arguments)
+        generate(prompts, tmp_path / "run", layout, Artist("emoji", {}), source=Blank(), progress=False, **arguments)
         return tmp_path / "run" / layout.root
 
     return leave
