@@ -79,7 +79,7 @@ class Row:
             "model": self.model,
             "num_tokens": self.num_tokens,
             "method": setting.label,
-            "law": "exact" if METHODS[setting.method].lossless else "lossy",
+            "law": "exact" if setting.lossless else "lossy",
             "window": setting.window,
             "init": setting.init or "default",
             "top_k": setting.top_k,

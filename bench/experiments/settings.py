@@ -4,6 +4,8 @@ import ast
 from dataclasses import dataclass
 from typing import Any
 
+from sjd_engine.methods import METHODS
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -46,6 +48,11 @@ class Setting:
         """Those of `generate` that are not left to the family."""
         chosen = {"method": self.method, "window_size": self.window, "init": self.init, "top_k": self.top_k}
         return {name: value for name, value in chosen.items() if value is not None} | dict(self.options)
+
+    @property
+    def lossless(self) -> bool:
+        """Images follow the law of the model exactly; with verify="paper" those of sjd2 do not."""
+        return METHODS[self.method].lossless and dict(self.options).get("verify") != "paper"
 
     @property
     def label(self) -> str:

@@ -168,7 +168,7 @@ def verdict(rows: list[Row], top_k: int) -> list[str]:
     """The best lossless row against the best ones of `sjd` and of `sjd++` with its default threshold."""
     same = [row for row in rows if row.setting.top_k == top_k]
     plain = [row for row in same if not row.setting.options and row.setting.init == "random"]
-    lossless = [row for row in same if METHODS[row.setting.method].lossless and row.setting.method not in ("ar", "sjd")]
+    lossless = [row for row in same if row.setting.lossless and row.setting.method not in ("ar", "sjd")]
     lines = []
     for what in ("nfe", "seconds"):
         for peer in ("sjd", "sjd++"):
