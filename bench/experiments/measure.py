@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from sjd_engine import Engine
 from sjd_engine.errors import CheckpointError
-from sjd_engine.methods import METHODS
 from sjd_engine.outputs import ImageStats
 from sjd_engine.testing import score_tokens
 
