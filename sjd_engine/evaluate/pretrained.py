@@ -1,13 +1,14 @@
 """Scores that take somebody's trained network: computed where its weights lie on this machine, never downloaded."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from sjd_engine.errors import SJDError, require
+from sjd_engine.errors import MissingExtraError, SJDError, require
 from sjd_engine.evaluate.features import pixels
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes it
@@ -51,27 +52,30 @@ def fid(images: Sequence[Path], real: Path, weights: Path | None) -> float:
 
 
 def clip_score(images: Sequence[Path], prompts: Sequence[str], folder: Path | None) -> float:
-    """torchmetrics' CLIP-score, 100 cos, with the network of a folder or of Hugging Face's cache. Images go through
-    CLIP's own preprocessing.
+    """CLIP-score, 100 cos of image and prompt, with the network of a folder or of Hugging Face's cache. Images go
+    through CLIP's own preprocessing, prompts are cut to its length.
 
     Raises: MissingWeightsError, MissingExtraError.
+    Source: Hessel et al., arXiv 2104.08718, with torchmetrics' factor of 100.
     """
-    require("eval", "torchmetrics", "transformers")
-    from torchmetrics.multimodal.clip_score import CLIPScore
+    require("eval", "transformers")
     from transformers import CLIPModel, CLIPProcessor
 
     name = CLIP if folder is None else str(folder)
     try:
-        network = CLIPModel.from_pretrained(name, local_files_only=True)
+        network = CLIPModel.from_pretrained(name, local_files_only=True).eval()
         processor = CLIPProcessor.from_pretrained(name, local_files_only=True)
     except OSError:
         raise MissingWeightsError(
             f"CLIP-score needs weights, and {name} is not on this machine; name the folder: --clip FOLDER"
         ) from None
-    metric = CLIPScore(lambda: (network, processor))
-    for file, prompt in zip(images, prompts, strict=True):
-        metric.update(pixels(file), prompt)
-    return float(metric.compute())
+    scores = []
+    with torch.inference_mode():
+        for file, prompt in zip(images, prompts, strict=True):
+            read = processor(text=[prompt], images=pixels(file), return_tensors="pt", truncation=True)
+            output = network(**read)
+            scores.append(100 * float((output.image_embeds * output.text_embeds).sum()))
+    return max(0.0, float(np.mean(scores)))
 
 
 def hps_v2(images: Sequence[Path], prompts: Sequence[str], weights: Path | None) -> float:
@@ -80,7 +84,11 @@ def hps_v2(images: Sequence[Path], prompts: Sequence[str], weights: Path | None)
     Raises: MissingWeightsError, MissingExtraError.
     """
     path = found("HPSv2", weights, Path.home() / ".cache" / "hpsv2" / HPSV2, "--hpsv2 FILE")
-    require("hpsv2", "hpsv2")
+    if find_spec("hpsv2") is None:
+        raise MissingExtraError(
+            "hpsv2: expected to be installed, and is not; pip install git+https://github.com/tgxs002/HPSv2 (the wheel "
+            "lacks a file of its tokenizer)"
+        )
     from hpsv2 import img_score
 
     img_score.initialize_model()

@@ -68,7 +68,6 @@ def test_weights_that_are_not_here_are_named(tmp_path, monkeypatch):
         found("FID", None, tmp_path / "none.pth", "--inception FILE")
     with pytest.raises(MissingWeightsError, match="--hpsv2 FILE"):
         hps_v2([], [], tmp_path / "none.pt")
-    pytest.importorskip("torchmetrics")
     with pytest.raises(MissingWeightsError, match="--clip FOLDER"):
         clip_score([], [], tmp_path / "clip")
 
