@@ -1,12 +1,13 @@
 """`window_size="auto"`: the window that takes the fewest seconds, not the fewest passes.
 
-    seconds of a token = t(n W) (u + c / W)
+    seconds of a token = t(n W) min(1, u + c / W)
 
     t   seconds of a pass over n sequences, measured at a few windows; straight lines between.
     c   refreshes that a draft needs until it is as good as it gets: W tokens leave a window of W in c + u W passes.
     u   passes that a token costs where windows are endless: how hard the images are. Begins with what the method needs
         on the bundled model and follows what the images at hand have needed so far.
 
+A window of 1 commits a token a pass, and is best where many images share a pass that the machine's arithmetic bounds.
 On the bundled model the law gives the passes of an image at windows from 8 to 48 within 1 % (`maximal`: u = 0.15,
 c = 2.0). Only counts of committed tokens and passes are read, so the law of the images stays as it is (rules C2, C3).
 """
@@ -21,8 +22,8 @@ import torch
 
 from sjd_engine.models.block import Transformer
 
-CANDIDATES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-MEASURED = (8, 16, 32, 64)  # windows at which a pass is timed
+CANDIDATES = (1, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+MEASURED = (1, 8, 16, 32, 64)  # windows at which a pass is timed
 DECIDE_EVERY = 4  # passes
 ROUNDS, ENOUGH_SECONDS = 4, 1.0  # of timing: rounds, or fewer once they have taken so long
 WORTH_A_CHANGE = 0.05  # share of the seconds that a change of windows must save
@@ -124,7 +125,8 @@ class AutoWindow:
         left = max(1, *(image.num_left for image in histories))
 
         def seconds(window: int) -> float:
-            return self._costs(num_sequences * window) * (passes + self._prior.refreshes / min(window, left))
+            of_a_token = min(1.0, passes + self._prior.refreshes / min(window, left))
+            return self._costs(num_sequences * window) * of_a_token
 
         best = min(self._candidates, key=seconds)
         return best if seconds(best) < (1 - WORTH_A_CHANGE) * seconds(current) else current
@@ -134,14 +136,17 @@ def passes_of_a_token(prior: Acceptance, histories: Sequence[History]) -> float:
     """u, from passes and tokens of the images and PRIOR_TOKENS of the prior.
 
     An image's first c passes commit little, because nothing in its first window has been refreshed; they do not count.
+    Neither do passes of one token, which have no drafts.
     """
     tokens, passes = float(PRIOR_TOKENS), PRIOR_TOKENS * prior.passes
     for image in histories:
-        if image.windows:
-            mean_inverse = sum(1 / window for window in image.windows) / len(image.windows)
-            tokens += image.num_committed
-            passes += max(len(image.windows) - prior.refreshes, 0.0)
-            passes -= image.num_committed * prior.refreshes * mean_inverse
+        windows = [window for window in image.windows if window > 1]
+        if windows:
+            num_committed = image.num_committed - (len(image.windows) - len(windows))
+            mean_inverse = sum(1 / window for window in windows) / len(windows)
+            tokens += num_committed
+            passes += max(len(windows) - prior.refreshes, 0.0)
+            passes -= num_committed * prior.refreshes * mean_inverse
     return max(passes / tokens, LEAST_PASSES)
 
 

@@ -75,13 +75,17 @@ class TestChoice:
     def test_it_comes_to_the_fastest_window(self, seconds, passes):
         costs = PassCosts()
         costs.measure(1, MEASURED, lambda window: lambda: seconds(window))
-        of_a_token = {window: costs(window) * (passes + PRIOR.refreshes / window) for window in CANDIDATES}
+        of_a_token = {window: costs(window) * min(1, passes + PRIOR.refreshes / window) for window in CANDIDATES}
         middle = chosen(passes, seconds)[len(chosen(passes, seconds)) // 2]
         assert of_a_token[middle] < 1.08 * min(of_a_token.values())
 
     def test_a_small_gain_is_not_worth_a_change(self):
-        flat = chosen(0.15, lambda window: 1 / (0.15 + PRIOR.refreshes / window), first=12)
+        flat = chosen(0.15, lambda window: 1 / min(1, 0.15 + PRIOR.refreshes / window), first=12)
         assert set(flat[:100]) == {12}
+
+    def test_it_takes_one_token_a_pass_where_every_token_costs_the_same(self):
+        """And stays there, though passes of one token say nothing of how hard the images are."""
+        assert set(chosen(0.15, lambda window: window)[1:]) == {1}
 
     def test_the_window_shrinks_with_the_rest_of_the_image(self):
         windows = chosen(0.15, SECONDS["a constant and a line"], num_tokens=256)
