@@ -65,7 +65,7 @@ class NeighbourTables:
             neighbours: [...] int64; 1 where it is -1, no neighbour.
         """
         known = neighbours.clamp_min(0)
-        factor = self.rest[side][known][..., None].repeat(*(1 for _ in neighbours.shape), self.num_codes)
+        factor = self.rest[side][known][..., None].expand(*neighbours.shape, self.num_codes).clone()
         factor.scatter_add_(-1, self.codes[side][known].long(), self.lift[side][known])
         return torch.where((neighbours >= 0)[..., None], factor, 1.0)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sjd_engine.decoder import JacobiDecoder, Layout
 from sjd_engine.methods import METHODS, TRAINING_FREE, get_method
 from sjd_engine.models.base import Context, ImageModel, Prompt
-from sjd_engine.models.block import Transformer
+from sjd_engine.models.block import BlockConfig, Transformer
 from sjd_engine.models.weights import Piece, block_config, hf_layout, rows
 from sjd_engine.ops import Tree, VerifyResult, WindowState, redraft, start, warp
 from sjd_engine.sampling import SamplingParams
@@ -159,6 +159,15 @@ def total_variation(counts: Tensor, law: Tensor) -> float:
 def expected_total_variation(law: Tensor, count: int) -> float:
     """The total variation that `count` exact samples show on average: the floor of the measurement."""
     return 0.5 * (law * (1 - law) * 2 / (math.pi * count)).sqrt().sum().item()
+
+
+def random_transformer(config: BlockConfig, vocab_size: int, num_codes: int) -> Transformer:
+    """With a random value in every parameter, around 1 in those of norms; the same in every call."""
+    transformer = Transformer(config, vocab_size, num_codes).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in transformer.named_parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
+    return transformer
 
 
 def from_transformers(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
 from sjd_engine.models.block import Block, BlockConfig, Pass, Transformer
+from sjd_engine.testing import random_transformer
 from sjd_engine.train import whole_sequence
 from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 from sjd_engine.train.pictures import Pictures
@@ -31,10 +32,7 @@ def tiny() -> tuple[Transformer, Denoiser]:
         rope_theta=100.0,
         norm_eps=1e-6,
     )
-    transformer = Transformer(config, VOCAB, CODES).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in transformer.named_parameters():
-        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
+    transformer = random_transformer(config, VOCAB, CODES)
     return transformer, Denoiser.new(transformer.embedding[-CODES:], NoiseSchedule())
 
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
-from sjd_engine.models.block import BlockConfig, Transformer
+from sjd_engine.models.block import BlockConfig
+from sjd_engine.testing import random_transformer
 from sjd_engine.train import trainer as trainer_module
 from sjd_engine.train.checkpoints import load_checkpoint, save_checkpoint
 from sjd_engine.train.pictures import Pictures
@@ -38,10 +39,7 @@ def new_trainer(**settings: bool) -> Trainer:
         qk_norm=True,
         qkv_bias=True,
     )
-    transformer = Transformer(config, VOCAB, CODES).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in transformer.named_parameters():
-        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + ("norm" in name))
+    transformer = random_transformer(config, VOCAB, CODES)
     denoiser = Denoiser.new(transformer.embedding[-CODES:], NoiseSchedule())
     return Trainer(transformer, denoiser, VOCAB - CODES, num_steps=ALL.stop, lr=1e-2, warmup=1, **settings)
 
