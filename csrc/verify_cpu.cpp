@@ -445,8 +445,8 @@ class Pass {
 
   // Write the draft of a position right of the window; returns its law's row.
   int32_t enter(int64_t b, int64_t position) {
-    const int64_t source = neighbour(position, p_.num_committed[b] + p_.window_size - 1);
-    const int64_t source_row = source - p_.num_committed[b];
+    const int64_t first = p_.num_committed[b];
+    const int64_t source = neighbour(position, first, first + p_.window_size - 1);
     const uint32_t word = philox(p_.seeds[b], position, p_.iteration[b], kWindow).word[kInit];
     int32_t from = kUniform;
     int64_t token = static_cast<int64_t>((static_cast<uint64_t>(word) * p_.vocab_size) >> 32);
@@ -454,24 +454,24 @@ class Pass {
     if (repeats && source >= 0) {
       token = tokens(b)[source];
       from = kOneHot;
-    } else if (!repeats && source >= 0 && source_row >= 0) {
-      token = draw_from_target(b, source_row, word);
-      from = static_cast<int32_t>(source_row);
+    } else if (!repeats && source >= 0) {
+      token = draw_from_target(b, source - first, word);
+      from = static_cast<int32_t>(source - first);
     }
     tokens(b)[position] = forced_id(position) >= 0 ? forced_id(position) : token;
     return from;
   }
 
-  // The nearest position to the left or above that is not right of `last`; -1 where there is none, and for kRandom.
-  int64_t neighbour(int64_t position, int64_t last) const {
+  // The nearest position to the left or above that is not right of `last`; -1 where there is none, and for kRandom. For
+  // kAboveSample not left of `first` either; then the left one.
+  int64_t neighbour(int64_t position, int64_t first, int64_t last) const {
     if (p_.init == Init::kRandom) return -1;
-    if (p_.init == Init::kLeftRepeat || p_.init == Init::kLeftSample) {
-      const int64_t row_start = p_.row_start[position];
-      return row_start >= 0 && row_start <= last ? last : -1;
-    }
+    const int64_t row_start = p_.row_start[position];
+    const int64_t left = row_start >= 0 && row_start <= last ? last : -1;
+    if (p_.init == Init::kLeftRepeat || p_.init == Init::kLeftSample) return left;
     int64_t source = p_.above[position];
     while (source > last) source = p_.above[source];
-    return source;
+    return p_.init == Init::kAboveSample && source < first ? left : source;
   }
 
   const VerifyParams& p_;

@@ -426,9 +426,9 @@ def fill_window(
         *-repeat       the neighbour's token, q one-hot
         *-sample       drawn from the neighbour's law of this pass, q = that law
 
-    A neighbour that enters in the same pass hands on its own neighbour's. Without one (first column or row; for
-    *-sample also where the neighbour stands left of the window, so that its law is gone) the draft is random. Forced
-    positions get their token.
+    A neighbour that enters in the same pass hands on its own neighbour's. above-sample takes the left neighbour where
+    there is no row above or its token stands left of the window, so that its law is gone. Without a neighbour the draft
+    is random. Forced positions get their token.
 
     Args:
         state: its tokens and law_row are written; num_committed is still that of the pass.
@@ -441,7 +441,7 @@ def fill_window(
     first = state.num_committed[:, None]
     last = first + window_size - 1  # the last position with a row in this pass
     entering = last + 1 + torch.arange(next_window_size - 1, device=seeds.device)
-    source = neighbour(grid, entering.clamp_max(grid.num_tokens - 1), last, init)
+    source = neighbour(grid, entering.clamp_max(grid.num_tokens - 1), first, last, init)
     entering_laws = enter(state, grid, entering, source, init, seeds, weights, weights.shape[-1])
     rows = torch.arange(window_size, dtype=torch.int32, device=seeds.device).expand(len(seeds), -1)
     laws = torch.cat((rows, entering_laws), 1)  # of the positions from `first` on
@@ -469,7 +469,7 @@ def enter(
         tokens = torch.where(known, state.tokens.gather(1, source + 1), tokens)
     elif init.endswith("sample") and weights is not None:
         row = source - state.num_committed[:, None]
-        known = (source >= 0) & (row >= 0)
+        known = source >= 0
         laws = torch.where(known, row, laws)
         tokens = torch.where(known, draw(take_rows(weights, row.clamp_min(0)), words), tokens)
     if grid.forced_ids is not None:
@@ -479,15 +479,17 @@ def enter(
     return laws.int()
 
 
-def neighbour(grid: Grid, positions: Tensor, last: Tensor, init: str) -> Tensor:
+def neighbour(grid: Grid, positions: Tensor, first: Tensor, last: Tensor, init: str) -> Tensor:
     """[B, N] int64: the nearest position to the left or above that is not right of `last`, in the same grid row or
-    column; -1 where there is none, and for "random"."""
+    column; -1 where there is none, and for "random". For above-sample not left of `first` either; then the left one."""
     if init == "random":
         return torch.full_like(positions, -1)
+    row_start = grid.row_start[positions]
+    left = torch.where((row_start >= 0) & (row_start <= last), last, -1)
     if init.startswith("left"):
-        row_start = grid.row_start[positions]
-        return torch.where((row_start >= 0) & (row_start <= last), last, -1)
+        return left
     source = grid.above[positions]
     for _ in range(positions.shape[1] // grid.cols):
         source = torch.where(source > last, grid.above[source], source)
-    return torch.where(source > last, -1, source)
+    source = torch.where(source > last, -1, source)
+    return torch.where(source < first, left, source) if init == "above-sample" else source

@@ -119,15 +119,21 @@ def _coupled(row, law, seed, position, REFRESH: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def _neighbour(position, last, row_start_ptr, above_ptr, mask, INIT: tl.constexpr, STEPS: tl.constexpr):
-    """The nearest position to the left or above that is not right of `last`; -1 where there is none."""
-    if INIT == "left-repeat" or INIT == "left-sample":
+def _neighbour(position, first, last, row_start_ptr, above_ptr, mask, INIT: tl.constexpr, STEPS: tl.constexpr):
+    """The nearest position to the left or above that is not right of `last`; -1 where there is none. For above-sample
+    not left of `first` either; then the left one."""
+    if INIT != "above-repeat":
         row_start = tl.load(row_start_ptr + position, mask=mask, other=-1)
-        return tl.where((row_start >= 0) & (row_start <= last), last, -1)
+        left = tl.where((row_start >= 0) & (row_start <= last), last, -1)
+    if INIT == "left-repeat" or INIT == "left-sample":
+        return left
     source = tl.load(above_ptr + position, mask=mask, other=-1)
     for _ in range(STEPS):
         source = tl.load(above_ptr + source, mask=source > last, other=source)
-    return tl.where(source > last, -1, source)
+    source = tl.where(source > last, -1, source)
+    if INIT == "above-sample":
+        source = tl.where(source < first, left, source)
+    return source
 
 
 # Windows change from pass to pass: no number of theirs is worth a compilation.
@@ -354,7 +360,7 @@ def _verify_kernel(
             for slot in range(next_window_size - 1):
                 entering = last + 1 + slot
                 inside = entering < num_tokens
-                source = _neighbour(entering, last, row_start_ptr, above_ptr, inside, INIT, STEPS)
+                source = _neighbour(entering, committed, last, row_start_ptr, above_ptr, inside, INIT, STEPS)
                 if on_chain & (source == position):
                     _, _, _, word = window_words(seed, entering, iteration)
                     token = _draw_target(row, law, total, word, TILE, NUM_TILES)
@@ -473,13 +479,13 @@ def _finish_sequence(
     laws = tl.full([WINDOW_BLOCK], UNIFORM, tl.int32)
     if INIT != "random":
         tl.debug_barrier()  # the tokens stored above are read below, by other threads
-        source = _neighbour(entering, last, row_start_ptr, above_ptr, enters, INIT, STEPS)
+        source = _neighbour(entering, committed, last, row_start_ptr, above_ptr, enters, INIT, STEPS)
         if INIT == "left-repeat" or INIT == "above-repeat":
             known = enters & (source >= 0)
             copied = tl.load(tokens_ptr + source, mask=known, other=0, volatile=True)
             laws = tl.where(known, ONE_HOT, laws)
         else:
-            known = enters & (source >= committed)
+            known = enters & (source >= 0)
             copied = tl.load(published_ptr + rows * published_width + ENTERING, mask=known, other=0, volatile=True)
             laws = tl.where(known, (source - committed).to(tl.int32), laws)
         tokens = tl.where(known, copied, tokens)

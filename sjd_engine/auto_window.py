@@ -1,20 +1,19 @@
 """`window_size="auto"`: the window that takes the fewest seconds, not the fewest passes.
 
-    seconds of a token = t(n W) min(1, u + c / W)
+    seconds of a token = t(n W) (1 - s saved(W))
 
-    t   seconds of a pass over n sequences, measured at a few windows; straight lines between.
-    c   refreshes that a draft needs until it is as good as it gets: W tokens leave a window of W in c + u W passes.
-    u   passes that a token costs where windows are endless: how hard the images are. Begins with what the method needs
-        on the bundled model and follows what the images at hand have needed so far.
+    t       seconds of a pass over n sequences, measured at a few windows; straight lines between.
+    saved   share of its passes that an image of the bundled model is spared by windows of W, by refresh rule.
+    s       how much of that the images at hand are spared: 1 to begin with, then what they have needed so far.
 
 A window of 1 commits a token a pass, and is best where many images share a pass that the machine's arithmetic bounds.
-On the bundled model the law gives the passes of an image at windows from 8 to 48 within 1 % (`maximal`: u = 0.15,
-c = 2.0). Only counts of committed tokens and passes are read, so the law of the images stays as it is (rules C2, C3).
+Only counts of committed tokens and passes are read, so the law of the images stays as it is (rules C2, C3).
 """
 
-import math
+import statistics
 import time
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,31 +21,24 @@ import torch
 
 from sjd_engine.models.block import Transformer
 
-CANDIDATES = (1, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-MEASURED = (1, 8, 16, 32, 64)  # windows at which a pass is timed
-DECIDE_EVERY = 4  # passes
-ROUNDS, ENOUGH_SECONDS = 4, 1.0  # of timing: rounds, or fewer once they have taken so long
-WORTH_A_CHANGE = 0.05  # share of the seconds that a change of windows must save
-PRIOR_TOKENS = 64  # of an image's history that weigh as much as what is assumed before
-LEAST_PASSES = 0.02  # u is at least this
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """u and c of the module's formula."""
-
-    passes: float
-    refreshes: float
-
-
-# By how drafts are refreshed; fitted on the bundled model.
-PRIORS = {
-    "fresh": Acceptance(0.29, 1.0),
-    "reuse": Acceptance(0.15, 2.0),
-    "maximal": Acceptance(0.15, 2.0),
-    "gumbel": Acceptance(0.17, 1.8),
-    "argmax": Acceptance(0.15, 2.0),
+CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+# By refresh rule, at these windows: 32 images of 256 tokens, not below what a smaller window saves.
+SAVED = {
+    "fresh": (0, 0.298, 0.473, 0.572, 0.612, 0.632, 0.632, 0.637, 0.637, 0.637),
+    "reuse": (0, 0.298, 0.480, 0.617, 0.697, 0.749, 0.775, 0.799, 0.810, 0.814),
+    "maximal": (0, 0.299, 0.480, 0.608, 0.684, 0.730, 0.750, 0.765, 0.779, 0.779),
+    "gumbel": (0, 0.282, 0.463, 0.591, 0.668, 0.715, 0.744, 0.754, 0.761, 0.765),  # of gumbel and exact, the middle
+    "argmax": (0, 0.282, 0.463, 0.593, 0.680, 0.734, 0.757, 0.772, 0.781, 0.782),
 }
+MEASURED = (1, 4, 8, 12, 16, 32, 48)  # windows at which a pass is timed
+DECIDE_EVERY = 4  # passes
+ROUNDS, ENOUGH_SECONDS = 7, 1.0  # of timing: rounds, or fewer once they have taken so long
+WORTH_A_CHANGE = 0.02  # share of the seconds that a change of windows must save
+PRIOR_SAVED = 48  # passes spared that weigh as much as what is assumed before
+START = 2  # passes of an image that commit little, because nothing in its first window has been refreshed
+LEAST_PASSES = 0.02  # of a token
+
+Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -68,32 +60,28 @@ class PassCosts:
         self._points: list[tuple[int, float]] = []
 
     def measure(self, num_sequences: int, windows: Sequence[int], timer: Callable[[int], Callable[[], float]]) -> None:
-        """Time passes larger than those that were timed before. They take turns, so that a slow moment of the machine
-        falls on all of them, and the best time of each counts: the first one of a shape is slow.
+        """Time passes larger than those that were timed before. They take turns, and the middle one of their shares of
+        a round counts: a slow moment of the machine falls on all of them, and a slower one on none.
 
         Args:
             windows: ascending. timer: makes what tells the seconds of one pass over windows of that size.
         """
         most = self._points[-1][0] if self._points else 0
         timers = {num_sequences * window: timer(window) for window in windows if num_sequences * window > most}
-        seconds, spent = dict.fromkeys(timers, math.inf), 0.0
-        for _ in range(ROUNDS):
-            for num_tokens, time_pass in timers.items():
-                taken = time_pass()
-                seconds[num_tokens], spent = min(seconds[num_tokens], taken), spent + taken
-            if spent > ENOUGH_SECONDS:
-                break
-        for num_tokens, least in seconds.items():
+        rounds: list[list[float]] = []
+        while timers and len(rounds) < ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS:
+            rounds.append([time_pass() for time_pass in timers.values()])
+        for i, num_tokens in enumerate(timers):
+            share = statistics.median(seconds[i] / sum(seconds) for seconds in rounds)
+            taken = share * statistics.median_low(
+                map(sum, rounds)
+            )  # of two the shorter one: the first of a shape is slow
             before = self._points[-1][1] if self._points else 0.0
-            self._points.append((num_tokens, max(before, least)))  # more tokens never take less time
+            self._points.append((num_tokens, max(before, taken)))  # more tokens never take less time
 
     def __call__(self, num_tokens: int) -> float:
-        """Seconds of a pass, on the straight line through the two nearest measurements."""
-        if len(self._points) == 1:
-            return self._points[0][1]
-        right = min(max(bisect(self._points, (num_tokens, 0.0)), 1), len(self._points) - 1)
-        (n0, t0), (n1, t1) = self._points[right - 1 : right + 1]
-        return max(t0 + (t1 - t0) * (num_tokens - n0) / (n1 - n0), 0.0)
+        """Seconds of a pass."""
+        return max(line(self._points, num_tokens), 0.0)
 
 
 class AutoWindow:
@@ -106,7 +94,7 @@ class AutoWindow:
     """
 
     def __init__(self, refresh: str, largest: int, costs: PassCosts):
-        self._prior, self._costs = PRIORS[refresh], costs
+        self._saved, self._costs = list(zip(CANDIDATES, SAVED[refresh], strict=True)), costs
         self._candidates = [window for window in CANDIDATES if window <= largest] or [largest]
         self._measured = [window for window in MEASURED if window <= largest] or [largest]
 
@@ -121,33 +109,37 @@ class AutoWindow:
             num_sequences: that the transformer takes at once.
             histories: of the images that are decoded together; at least one.
         """
-        passes = passes_of_a_token(self._prior, histories)
+        scale = share_of(self._saved, histories)
         left = max(1, *(image.num_left for image in histories))
 
         def seconds(window: int) -> float:
-            of_a_token = min(1.0, passes + self._prior.refreshes / min(window, left))
+            of_a_token = max(1 - scale * line(self._saved, min(window, left)), LEAST_PASSES)
             return self._costs(num_sequences * window) * of_a_token
 
         best = min(self._candidates, key=seconds)
         return best if seconds(best) < (1 - WORTH_A_CHANGE) * seconds(current) else current
 
 
-def passes_of_a_token(prior: Acceptance, histories: Sequence[History]) -> float:
-    """u, from passes and tokens of the images and PRIOR_TOKENS of the prior.
-
-    An image's first c passes commit little, because nothing in its first window has been refreshed; they do not count.
-    Neither do passes of one token, which have no drafts.
-    """
-    tokens, passes = float(PRIOR_TOKENS), PRIOR_TOKENS * prior.passes
+def share_of(saved: Points, histories: Sequence[History]) -> float:
+    """s, from passes and tokens of the images and PRIOR_SAVED. Passes of one token do not count: they have no draft."""
+    spared = expected = float(PRIOR_SAVED)
     for image in histories:
         windows = [window for window in image.windows if window > 1]
         if windows:
             num_committed = image.num_committed - (len(image.windows) - len(windows))
-            mean_inverse = sum(1 / window for window in windows) / len(windows)
-            tokens += num_committed
-            passes += max(len(windows) - prior.refreshes, 0.0)
-            passes -= num_committed * prior.refreshes * mean_inverse
-    return max(passes / tokens, LEAST_PASSES)
+            spared += num_committed - max(len(windows) - START, 0)
+            mean = sum(count * line(saved, window) for window, count in Counter(windows).items()) / len(windows)
+            expected += num_committed * mean
+    return max(spared / expected, 0.0)
+
+
+def line(points: Points, x: int) -> float:
+    """The straight line through the two points nearest to x; through one, a level one."""
+    if len(points) == 1:
+        return points[0][1]
+    right = min(max(bisect(points, (x, 0.0)), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1 : right + 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 def seconds_of(run: Callable[[], None], transformer: Transformer) -> float:

@@ -234,9 +234,15 @@ class Batch:
             self.kv_cache.compact(result.accepted_slots)
         self.kv_cache.advance(self._prefix_lens, result.num_committed)
 
-    def _forward(self, ids: Tensor, rows: Tensor, longest: int, layout: Layout) -> Tensor:
-        """Logits [R, W, V], or [2, R, W, V] with guidance, of the windows ids [R, W] of some rows."""
-        sequences = (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
+    def _forward(
+        self, ids: Tensor, rows: Tensor, longest: int, layout: Layout, context_lens: Tensor | None = None
+    ) -> Tensor:
+        """Logits [R, W, V], or [2, R, W, V] with guidance, of the windows ids [R, W] of some rows.
+
+        Args:
+            context_lens: of their sequences, in the place of the cache's own.
+        """
+        sequences = self._sequences(rows)
         windows = self.model.window_embeddings(ids.repeat_interleave(self._copies, 0), self._anchors[sequences])
         if self._noisy is not None:
             windows = self._noisy.embed(windows, rows.repeat_interleave(self._copies))
@@ -244,11 +250,17 @@ class Batch:
         if bias is not None and bias.ndim == 3:  # images that differ in it
             bias = bias[rows].repeat_interleave(self._copies, 0)
         kv_cache = self.kv_cache.select(sequences, longest)
+        if context_lens is not None:
+            kv_cache.context_lens = context_lens
         hidden = self.model.transformer(windows, kv_cache, offsets=layout.offsets, window_bias=bias)
         if self._eagle is not None:
             self._eagle.see(Seen(rows, sequences, hidden, longest))
         logits = self.model.transformer.logits(hidden).unflatten(0, (-1, self._copies))
         return logits.transpose(0, 1) if self.decoder.guided else logits.squeeze(1)
+
+    def _sequences(self, rows: Tensor) -> Tensor:
+        """Those of the images in `rows`, side by side."""
+        return (rows[:, None] * self._copies + torch.arange(self._copies, device=rows.device)).flatten()
 
     # -------------------------------------------------------------------------------------------------------- windows
 
@@ -273,15 +285,24 @@ class Batch:
         return self._auto.choose(self.decoder.window_size, num_sequences, histories)
 
     def _timer(self, rows: list[int], window: int) -> Callable[[], float]:
-        """What tells the seconds of the transformer on windows of some rows. It writes behind the lengths of their
-        caches, where the next pass writes anyway."""
-        device = self.model.device
+        """What tells the seconds of the transformer on windows of some rows, of images that are half done or further.
+        It writes behind the lengths of their caches, where passes to come write before they read."""
+        device, num_tokens = self.model.device, self.decoder.num_tokens
         ids = torch.zeros(len(rows), window, dtype=torch.int64, device=device)
-        index, longest = torch.tensor(rows, device=device), max(self._at_most)
+        prefixes = [self._ends[row] - num_tokens for row in rows if row < self.num_rows]
+        counts = [self._at_most[row] - prefix for row, prefix in zip(rows, prefixes, strict=False)]
+        counts = [min(max(count, num_tokens // 2), num_tokens - 1) for count in counts]
+        longest = max(map(sum, zip(prefixes, counts, strict=True)))
+        if self._graphs is not None:
+            longest = self.kv_cache.capacity - self.decoder.max_window_size
+        counts += [0] * (len(rows) - len(counts))  # the vacant row, which has no pages
+        index = torch.tensor(rows, device=device)
+        lengths = torch.tensor(counts, dtype=torch.int32, device=device).repeat_interleave(self._copies)
+        lengths += self._prefix_lens[self._sequences(index)]
         layout = self.decoder.layout_of(window)
 
         def forward() -> None:
-            self._forward(ids, index, longest, layout)
+            self._forward(ids, index, longest, layout, lengths)
 
         if self._graphs is None:
             return partial(seconds_of, forward, self.model.transformer)

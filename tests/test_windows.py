@@ -105,12 +105,11 @@ class ByPolicy:
 
 @pytest.fixture
 def toy_windows(monkeypatch):
-    """Every window up to 4, and a prior that a toy image outweighs, of drafts that are good soon."""
-    quick = auto_window.Acceptance(0.15, 0.5)
-    monkeypatch.setattr(auto_window, "PRIORS", dict.fromkeys(auto_window.PRIORS, quick))
+    """Every window up to 4, and savings that a toy image outweighs, of drafts that are good soon."""
+    monkeypatch.setattr(auto_window, "SAVED", dict.fromkeys(auto_window.SAVED, (0, 0.5, 0.6, 0.65)))
     monkeypatch.setattr(auto_window, "CANDIDATES", (1, 2, 3, 4))
-    monkeypatch.setattr(auto_window, "MEASURED", (1, 4))
-    monkeypatch.setattr(auto_window, "PRIOR_TOKENS", 1)
+    monkeypatch.setattr(auto_window, "MEASURED", (1, 2, 4))
+    monkeypatch.setattr(auto_window, "PRIOR_SAVED", 1)
     monkeypatch.setattr(auto_window, "WORTH_A_CHANGE", 0.0)
 
 

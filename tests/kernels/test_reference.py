@@ -217,19 +217,27 @@ class TestFillWindow:
         assert (decoder.token_ids[:, 12] == 88).all()
         assert (decoder.token_ids[:, schedule.image_positions] < 50).all()
 
-    def test_neighbours_of_every_entering_position_equal_a_walk(self):
+    @pytest.mark.parametrize("first", [0, 2, 4])
+    def test_neighbours_of_every_entering_position_equal_a_walk(self, first):
         schedule = Schedule.with_line_breaks(5, 3, token=9)
-        grid = schedule.grid()
-        last = torch.tensor([[6]])
+        grid, last = schedule.grid(), torch.tensor([[6]])
         entering = torch.arange(7, 19)[None]
-        above = reference.neighbour(grid, entering, last, "above-sample")[0].tolist()
-        left = reference.neighbour(grid, entering, last, "left-sample")[0].tolist()
-        for position, got_above, got_left in zip(entering[0].tolist(), above, left, strict=True):
+        inits = ("above-repeat", "above-sample", "left-sample")
+        found = (reference.neighbour(grid, entering, torch.tensor([[first]]), last, init)[0].tolist() for init in inits)
+        for position, repeated, sampled, left in zip(entering[0].tolist(), *found, strict=True):
             row, column = divmod(position, 4)
             while row >= 0 and row * 4 + column > 6:
                 row -= 1
-            assert got_above == (-1 if column == 3 or row < 0 else row * 4 + column)
-            assert got_left == -1  # position 6 ends its row's tokens; every entering token starts further down
+            above = -1 if column == 3 or row < 0 else row * 4 + column
+            assert repeated == above
+            assert sampled == (above if above >= first else -1)
+            assert left == -1  # position 6 ends its row's tokens; every entering token starts further down
+
+    def test_above_sample_takes_the_left_neighbour_where_the_law_above_is_gone(self):
+        grid, entering = Schedule(3, 8).grid(), torch.arange(14, 20)[None]
+        first, last = torch.tensor([[10]]), torch.tensor([[13]])
+        assert reference.neighbour(grid, entering, first, last, "above-sample")[0].tolist() == [13, 13, -1, -1, 10, 11]
+        assert reference.neighbour(grid, entering, first, last, "above-repeat")[0].tolist() == [6, 7, 8, 9, 10, 11]
 
 
 def test_sampling_params_reach_the_kernel():
