@@ -35,7 +35,7 @@ DECIDE_EVERY = 4  # passes
 ROUNDS, ENOUGH_SECONDS = 7, 1.0  # of timing: rounds, or fewer once they have taken so long
 WORTH_A_CHANGE = 0.02  # share of the seconds that a change of windows must save
 PRIOR_SAVED = 48  # passes spared that weigh as much as what is assumed before
-START = 2  # passes of an image that commit little, because nothing in its first window has been refreshed
+START = 2  # tokens of an image that are spared no pass, because nothing in its first window has been refreshed
 LEAST_PASSES = 0.02  # of a token
 
 Points = Sequence[tuple[int, float]]
@@ -127,9 +127,9 @@ def share_of(saved: Points, histories: Sequence[History]) -> float:
         windows = [window for window in image.windows if window > 1]
         if windows:
             num_committed = image.num_committed - (len(image.windows) - len(windows))
-            spared += num_committed - max(len(windows) - START, 0)
+            spared += num_committed - len(windows)
             mean = sum(count * line(saved, window) for window, count in Counter(windows).items()) / len(windows)
-            expected += num_committed * mean
+            expected += max(num_committed - START, 0) * mean
     return max(spared / expected, 0.0)
 
 

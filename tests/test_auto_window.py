@@ -63,7 +63,7 @@ class TestShare:
 
 def chosen(share: float, seconds, *, first: int = 16, num_tokens: int = 2000, largest: int = 128) -> list[int]:
     """The windows of an image that obeys the formula."""
-    costs, windows, committed = PassCosts(), [], -START / passes_of_a_token(first, share)
+    costs, windows, committed = PassCosts(), [], -START / passes_of_a_token(first, share) + START
     policy, window = AutoWindow("maximal", largest, costs), first
     policy.measure(1, lambda window: lambda: seconds(window))
     while committed < num_tokens:

@@ -3,6 +3,7 @@
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,23 +30,25 @@ COLUMNS = (
 
 
 def run(args: argparse.Namespace) -> Result:
-    """The same images, so many at once, for every size and method, which take turns."""
+    """The same images, so many at once, for every size and method. They take turns every few images, each time from
+    another one on, and the best turn of those images counts: a slow moment of the machine falls on one turn."""
     model = measure.load(args.model, args.dtype).model
     texts = prompts.take(max(*args.sizes, args.prompts))
     settings = grid(args.methods or ("sjd", BEST_EXACT), args.windows or [16])
     engines = {size: Engine(model, max_batch_size=size, page_size=args.page_size) for size in args.sizes}
-    runs: dict[tuple[Setting, int], list[tuple[float, float]]] = {}
-    for setting in settings:
-        for size, engine in engines.items():
-            generate(engine, setting, texts[:size], args.seed)  # warms up
-    ends = time.monotonic() + 60 * args.minutes
-    for turn in range(args.repeats):
-        if turn and time.monotonic() > ends:
-            break
-        for setting in settings:
-            for size, engine in engines.items():
-                runs.setdefault((setting, size), []).append(generate(engine, setting, texts, args.seed))
-    seconds = {key: min(taken for taken, _ in values) for key, values in runs.items()}
+    cases = [(setting, size) for setting in settings for size in args.sizes]
+    groups = list(batched(texts, 2 * max(args.sizes)))
+    runs: dict[tuple[Setting, int], list[list[tuple[float, float]]]] = {case: [[] for _ in groups] for case in cases}
+    for setting, size in cases:
+        generate(engines[size], setting, texts[:size], args.seed)  # warms up
+    ends, num_turns = time.monotonic() + 60 * args.minutes, 0
+    while num_turns < args.repeats and (not num_turns or time.monotonic() < ends):
+        for i, group in enumerate(groups):
+            start = (num_turns + i) % len(cases)
+            for setting, size in cases[start:] + cases[:start]:
+                runs[setting, size][i].append(generate(engines[size], setting, group, args.seed))
+        num_turns += 1
+    seconds = {case: sum(min(taken for taken, _ in turns) for turns in of_groups) for case, of_groups in runs.items()}
     rows = [
         {
             "method": setting.label,
@@ -55,21 +58,26 @@ def run(args: argparse.Namespace) -> Result:
             "seconds_per_image": round(seconds[setting, size] / len(texts), 4),
             "vs_one": round(seconds[setting, args.sizes[0]] / seconds[setting, size], 3),
             "vs_ar": round(seconds[settings[0], size] / seconds[setting, size], 3),
-            "latency": round(statistics.median(latency for _, latency in runs[setting, size]), 3),
+            "latency": round(statistics.median(latency for turns in runs[setting, size] for _, latency in turns), 3),
             "mb_per_image": round(megabytes(engines[size], setting, texts[:size]), 3),
             "mb_per_image_shared": round(megabytes(engines[size], setting, texts[:1] * size), 3),
-            "runs": [round(taken, 3) for taken, _ in runs[setting, size]],
+            "runs": [[round(taken, 3) for taken, _ in turns] for turns in runs[setting, size]],
         }
         for setting in settings
         for size in args.sizes
     ]
-    dtype, turns = model.transformer.dtype, len(runs[settings[0], args.sizes[0]])
+    dtype = model.transformer.dtype
     setup = measure.setup(args, args.model, prompts=texts, dtype=str(dtype), page_size=args.page_size)
     note = (
         f"{args.model}, {len(texts)} images, {dtype}, {torch.get_num_threads()} threads, pages of {args.page_size} "
-        f'tokens, best of {turns} runs; "vs one" is against {args.sizes[0]} at once'
+        f'tokens, best of {num_turns} turns; "vs one" is against {args.sizes[0]} at once'
     )
     return Result({"setup": setup, "rows": rows}, COLUMNS, (note,))
+
+
+def batched(texts: list[str], size: int) -> Iterator[list[str]]:
+    """`size` after `size` of them; the last may be fewer."""
+    return (texts[first : first + size] for first in range(0, len(texts), size))
 
 
 def generate(engine: Engine, setting: Setting, texts: list[str], seed: int) -> tuple[float, float]:
