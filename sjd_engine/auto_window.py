@@ -1,10 +1,10 @@
 """`window_size="auto"`: the window that takes the fewest seconds, not the fewest passes.
 
-    seconds of a token = t(n W) (1 - s saved(W))
+    seconds of a token = t(n W) k passes(W), where k passes(W) stays within 1 / W .. 1
 
-    t       seconds of a pass over n sequences, measured at a few windows; straight lines between.
-    saved   share of its passes that an image of the bundled model is spared by windows of W, by refresh rule.
-    s       how much of that the images at hand are spared: 1 to begin with, then what they have needed so far.
+    t        seconds of a pass over n sequences, measured at a few windows; straight lines between.
+    passes   that a token of the bundled model needs in windows of W, by refresh rule.
+    k        how many times as many the images at hand need: 1 to begin with, then what they have needed so far.
 
 A window of 1 commits a token a pass, and is best where many images share a pass that the machine's arithmetic bounds.
 Only counts of committed tokens and passes are read, so the law of the images stays as it is (rules C2, C3).
@@ -22,21 +22,20 @@ import torch
 from sjd_engine.models.block import Transformer
 
 CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-# By refresh rule, at these windows: 32 images of 256 tokens, not below what a smaller window saves.
-SAVED = {
-    "fresh": (0, 0.298, 0.473, 0.572, 0.612, 0.632, 0.632, 0.637, 0.637, 0.637),
-    "reuse": (0, 0.298, 0.480, 0.617, 0.697, 0.749, 0.775, 0.799, 0.810, 0.814),
-    "maximal": (0, 0.299, 0.480, 0.608, 0.684, 0.730, 0.750, 0.765, 0.779, 0.779),
-    "gumbel": (0, 0.282, 0.463, 0.591, 0.668, 0.715, 0.744, 0.754, 0.761, 0.765),  # of gumbel and exact, the middle
-    "argmax": (0, 0.282, 0.463, 0.593, 0.680, 0.734, 0.757, 0.772, 0.781, 0.782),
+# By refresh rule, at these windows: 32 images of 256 tokens, not above what a smaller window needs.
+PASSES = {
+    "fresh": (1, 0.702, 0.527, 0.428, 0.388, 0.368, 0.368, 0.363, 0.363, 0.363),
+    "reuse": (1, 0.702, 0.520, 0.383, 0.303, 0.251, 0.225, 0.201, 0.190, 0.186),
+    "maximal": (1, 0.701, 0.520, 0.392, 0.316, 0.270, 0.250, 0.235, 0.221, 0.221),
+    "gumbel": (1, 0.718, 0.537, 0.409, 0.332, 0.285, 0.256, 0.246, 0.239, 0.235),  # of gumbel and exact, the middle
+    "argmax": (1, 0.712, 0.537, 0.407, 0.320, 0.266, 0.243, 0.228, 0.219, 0.218),
 }
 MEASURED = (1, 4, 8, 12, 16, 32, 48)  # windows at which a pass is timed
 DECIDE_EVERY = 4  # passes
 ROUNDS, ENOUGH_SECONDS = 7, 1.0  # of timing: rounds, or fewer once they have taken so long
 WORTH_A_CHANGE = 0.02  # share of the seconds that a change of windows must save
-PRIOR_SAVED = 48  # passes spared that weigh as much as what is assumed before
-START = 2  # tokens of an image that are spared no pass, because nothing in its first window has been refreshed
-LEAST_PASSES = 0.02  # of a token
+PRIOR_PASSES = 16  # of the images at hand that weigh as much as what is assumed before
+START = 2  # tokens of an image that need a pass each, because nothing in its first window has been refreshed
 
 Points = Sequence[tuple[int, float]]
 
@@ -94,7 +93,7 @@ class AutoWindow:
     """
 
     def __init__(self, refresh: str, largest: int, costs: PassCosts):
-        self._saved, self._costs = list(zip(CANDIDATES, SAVED[refresh], strict=True)), costs
+        self._passes, self._costs = list(zip(CANDIDATES, PASSES[refresh], strict=True)), costs
         self._candidates = [window for window in CANDIDATES if window <= largest] or [largest]
         self._measured = [window for window in MEASURED if window <= largest] or [largest]
 
@@ -109,28 +108,29 @@ class AutoWindow:
             num_sequences: that the transformer takes at once.
             histories: of the images that are decoded together; at least one.
         """
-        scale = share_of(self._saved, histories)
+        times = times_as_many(self._passes, histories)
         left = max(1, *(image.num_left for image in histories))
 
         def seconds(window: int) -> float:
-            of_a_token = max(1 - scale * line(self._saved, min(window, left)), LEAST_PASSES)
+            filled = min(window, left)
+            of_a_token = min(1.0, max(times * line(self._passes, filled), 1 / filled))
             return self._costs(num_sequences * window) * of_a_token
 
         best = min(self._candidates, key=seconds)
         return best if seconds(best) < (1 - WORTH_A_CHANGE) * seconds(current) else current
 
 
-def share_of(saved: Points, histories: Sequence[History]) -> float:
-    """s, from passes and tokens of the images and PRIOR_SAVED. Passes of one token do not count: they have no draft."""
-    spared = expected = float(PRIOR_SAVED)
+def times_as_many(passes: Points, histories: Sequence[History]) -> float:
+    """k, from the images and PRIOR_PASSES. Passes of one token do not count: they have no drafts."""
+    needed = expected = float(PRIOR_PASSES)
     for image in histories:
         windows = [window for window in image.windows if window > 1]
         if windows:
             num_committed = image.num_committed - (len(image.windows) - len(windows))
-            spared += num_committed - len(windows)
-            mean = sum(count * line(saved, window) for window, count in Counter(windows).items()) / len(windows)
-            expected += max(num_committed - START, 0) * mean
-    return max(spared / expected, 0.0)
+            mean = sum(count * line(passes, window) for window, count in Counter(windows).items()) / len(windows)
+            needed += len(windows)
+            expected += START + max(num_committed - START, 0) * mean
+    return needed / expected
 
 
 def line(points: Points, x: int) -> float:

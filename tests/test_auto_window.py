@@ -2,16 +2,26 @@
 
 import pytest
 
-from sjd_engine.auto_window import CANDIDATES, MEASURED, SAVED, START, AutoWindow, History, PassCosts, line, share_of
+from sjd_engine.auto_window import (
+    CANDIDATES,
+    MEASURED,
+    PASSES,
+    START,
+    AutoWindow,
+    History,
+    PassCosts,
+    line,
+    times_as_many,
+)
 from sjd_engine.methods import METHODS
 
-MAXIMAL = list(zip(CANDIDATES, SAVED["maximal"], strict=True))
+MAXIMAL = list(zip(CANDIDATES, PASSES["maximal"], strict=True))
 QUIET = {"output_type": "codes", "progress": False}
 
 
-def passes_of_a_token(window: int, share: float) -> float:
+def passes_of_a_token(window: int, times: float) -> float:
     """Of an image that obeys the formula."""
-    return max(1 - share * line(MAXIMAL, window), 0.02)
+    return min(1.0, max(times * line(MAXIMAL, window), 1 / window))
 
 
 class TestCosts:
@@ -44,32 +54,32 @@ class TestCosts:
         assert [costs(n) for n in (4, 10, 16, 64)] == [3.0, 3.0, 3.0, 5.0]
 
 
-class TestShare:
-    def test_before_there_is_history_it_is_what_the_bundled_model_saves(self):
-        assert share_of(MAXIMAL, [History((), 0, 256)]) == 1
+class TestTimes:
+    def test_before_there_is_history_it_is_the_bundled_model(self):
+        assert times_as_many(MAXIMAL, [History((), 0, 256)]) == 1
 
-    @pytest.mark.parametrize("share", [0.3, 0.8, 1.2])
+    @pytest.mark.parametrize("times", [0.5, 0.9, 1.8])
     @pytest.mark.parametrize("window", [8, 32])
-    def test_history_outweighs_the_prior(self, share, window):
-        num_passes = START + round(4000 * passes_of_a_token(window, share))
-        assert share_of(MAXIMAL, [History([window] * num_passes, 4000, 1000)]) == pytest.approx(share, rel=0.05)
+    def test_history_outweighs_the_prior(self, times, window):
+        num_passes = START + round(4000 * passes_of_a_token(window, times))
+        assert times_as_many(MAXIMAL, [History([window] * num_passes, 4000, 1000)]) == pytest.approx(times, rel=0.05)
 
     def test_passes_of_one_token_tell_nothing(self):
         """Hundreds of them before and after a few of 8."""
         windows = [1] * 300 + [8] * (START + 40) + [1] * 300
-        few = share_of(MAXIMAL, [History(windows[300:-300], 100, 1000)])
-        assert share_of(MAXIMAL, [History(windows, 700, 400)]) == pytest.approx(few)
+        few = times_as_many(MAXIMAL, [History(windows[300:-300], 100, 1000)])
+        assert times_as_many(MAXIMAL, [History(windows, 700, 400)]) == pytest.approx(few)
 
 
-def chosen(share: float, seconds, *, first: int = 16, num_tokens: int = 2000, largest: int = 128) -> list[int]:
+def chosen(times: float, seconds, *, first: int = 16, num_tokens: int = 2000, largest: int = 128) -> list[int]:
     """The windows of an image that obeys the formula."""
-    costs, windows, committed = PassCosts(), [], -START / passes_of_a_token(first, share) + START
+    costs, windows, committed = PassCosts(), [], -START / passes_of_a_token(first, times) + START
     policy, window = AutoWindow("maximal", largest, costs), first
     policy.measure(1, lambda window: lambda: seconds(window))
     while committed < num_tokens:
         window = policy.choose(window, 1, [History(windows, max(0, int(committed)), num_tokens - int(committed))])
         windows.append(window)
-        committed += 1 / passes_of_a_token(window, share)
+        committed += 1 / passes_of_a_token(window, times)
     return windows
 
 
@@ -82,13 +92,13 @@ SECONDS = {
 
 
 class TestChoice:
-    @pytest.mark.parametrize("share", [0.4, 1.0, 1.2])
+    @pytest.mark.parametrize("times", [0.5, 1.0, 2.0])
     @pytest.mark.parametrize("seconds", SECONDS.values(), ids=SECONDS)
-    def test_it_comes_to_the_fastest_window(self, seconds, share):
+    def test_it_comes_to_the_fastest_window(self, seconds, times):
         costs = PassCosts()
         costs.measure(1, MEASURED, lambda window: lambda: seconds(window))
-        of_a_token = {window: costs(window) * passes_of_a_token(window, share) for window in CANDIDATES}
-        windows = chosen(share, seconds)
+        of_a_token = {window: costs(window) * passes_of_a_token(window, times) for window in CANDIDATES}
+        windows = chosen(times, seconds)
         assert of_a_token[windows[len(windows) // 2]] < 1.05 * min(of_a_token.values())
 
     def test_a_small_gain_is_not_worth_a_change(self):
@@ -120,8 +130,8 @@ def test_what_windows_are_told(engine):
     assert max(auto.window_sizes) <= engine.model.defaults.max_window_size
 
 
-def test_every_refresh_rule_has_its_savings():
-    assert {method.refresh for method in METHODS.values()} == set(SAVED)
-    for saved in SAVED.values():
-        assert len(saved) == len(CANDIDATES)
-        assert sorted(saved) == list(saved), "a larger window saves no less"
+def test_every_refresh_rule_has_its_passes():
+    assert {method.refresh for method in METHODS.values()} == set(PASSES)
+    for passes in PASSES.values():
+        assert len(passes) == len(CANDIDATES)
+        assert sorted(passes, reverse=True) == list(passes), "a larger window needs no more"

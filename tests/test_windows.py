@@ -105,11 +105,11 @@ class ByPolicy:
 
 @pytest.fixture
 def toy_windows(monkeypatch):
-    """Every window up to 4, and savings that a toy image outweighs, of drafts that are good soon."""
-    monkeypatch.setattr(auto_window, "SAVED", dict.fromkeys(auto_window.SAVED, (0, 0.5, 0.6, 0.65)))
+    """Every window up to 4, and passes that a toy image outweighs, of drafts that are good soon."""
+    monkeypatch.setattr(auto_window, "PASSES", dict.fromkeys(auto_window.PASSES, (1, 0.7, 0.5, 0.4)))
     monkeypatch.setattr(auto_window, "CANDIDATES", (1, 2, 3, 4))
     monkeypatch.setattr(auto_window, "MEASURED", (1, 2, 4))
-    monkeypatch.setattr(auto_window, "PRIOR_SAVED", 1)
+    monkeypatch.setattr(auto_window, "PRIOR_PASSES", 1)
     monkeypatch.setattr(auto_window, "WORTH_A_CHANGE", 0.0)
 
 
