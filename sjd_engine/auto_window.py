@@ -72,11 +72,9 @@ class PassCosts:
             rounds.append([time_pass() for time_pass in timers.values()])
         for i, num_tokens in enumerate(timers):
             share = statistics.median(seconds[i] / sum(seconds) for seconds in rounds)
-            taken = share * statistics.median_low(
-                map(sum, rounds)
-            )  # of two the shorter one: the first of a shape is slow
+            whole = statistics.median_low(map(sum, rounds))  # of two the shorter one: the first of a shape is slow
             before = self._points[-1][1] if self._points else 0.0
-            self._points.append((num_tokens, max(before, taken)))  # more tokens never take less time
+            self._points.append((num_tokens, max(before, share * whole)))  # more tokens never take less time
 
     def __call__(self, num_tokens: int) -> float:
         """Seconds of a pass."""
