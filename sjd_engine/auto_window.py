@@ -30,9 +30,9 @@ PASSES = {
     "gumbel": (1, 0.718, 0.537, 0.409, 0.332, 0.285, 0.256, 0.246, 0.239, 0.235),  # of gumbel and exact, the middle
     "argmax": (1, 0.712, 0.537, 0.407, 0.320, 0.266, 0.243, 0.228, 0.219, 0.218),
 }
-MEASURED = (1, 4, 8, 12, 16, 32, 48)  # windows at which a pass is timed
+MEASURED = (1, 4, 8, 12, 16, 32)  # windows at which a pass is timed
 DECIDE_EVERY = 4  # passes
-ROUNDS, ENOUGH_SECONDS = 7, 1.0  # of timing: rounds, or fewer once they have taken so long
+ROUNDS, ENOUGH_SECONDS = 5, 1.0  # of timing: rounds, or fewer once they have taken so long
 WORTH_A_CHANGE = 0.02  # share of the seconds that a change of windows must save
 PRIOR_PASSES = 16  # of the images at hand that weigh as much as what is assumed before
 START = 2  # tokens of an image that need a pass each, because nothing in its first window has been refreshed
