@@ -67,12 +67,14 @@ class PassCosts:
         """
         most = self._points[-1][0] if self._points else 0
         timers = {num_sequences * window: timer(window) for window in windows if num_sequences * window > most}
+        if not timers:
+            return
         rounds: list[list[float]] = []
-        while timers and len(rounds) < ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS:
+        while len(rounds) < ROUNDS and sum(map(sum, rounds)) < ENOUGH_SECONDS:
             rounds.append([time_pass() for time_pass in timers.values()])
+        whole = statistics.median_low(map(sum, rounds))  # of two the shorter one: the first of a shape is slow
         for i, num_tokens in enumerate(timers):
             share = statistics.median(seconds[i] / sum(seconds) for seconds in rounds)
-            whole = statistics.median_low(map(sum, rounds))  # of two the shorter one: the first of a shape is slow
             before = self._points[-1][1] if self._points else 0.0
             self._points.append((num_tokens, max(before, share * whole)))  # more tokens never take less time
 

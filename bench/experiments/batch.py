@@ -3,7 +3,6 @@
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +36,8 @@ def run(args: argparse.Namespace) -> Result:
     settings = grid(args.methods or ("sjd", BEST_EXACT), args.windows or [16])
     engines = {size: Engine(model, max_batch_size=size, page_size=args.page_size) for size in args.sizes}
     cases = [(setting, size) for setting in settings for size in args.sizes]
-    groups = list(batched(texts, 2 * max(args.sizes)))
+    group_size = 2 * max(args.sizes)
+    groups = [texts[first : first + group_size] for first in range(0, len(texts), group_size)]
     runs: dict[tuple[Setting, int], list[list[tuple[float, float]]]] = {case: [[] for _ in groups] for case in cases}
     for setting, size in cases:
         generate(engines[size], setting, texts[:size], args.seed)  # warms up
@@ -73,11 +73,6 @@ def run(args: argparse.Namespace) -> Result:
         f'tokens, best of {num_turns} turns; "vs one" is against {args.sizes[0]} at once'
     )
     return Result({"setup": setup, "rows": rows}, COLUMNS, (note,))
-
-
-def batched(texts: list[str], size: int) -> Iterator[list[str]]:
-    """`size` after `size` of them; the last may be fewer."""
-    return (texts[first : first + size] for first in range(0, len(texts), size))
 
 
 def generate(engine: Engine, setting: Setting, texts: list[str], seed: int) -> tuple[float, float]:
