@@ -20,6 +20,7 @@ Columns:
                   only the shares of tokens with more than 1 nat of entropy count. Blank background flatters.
     seconds       for an image, one at a time, decoding only
     … vs X        how many times fewer passes or seconds than X with the same window and top-k; HF: transformers
+    s vs best W   seconds as a multiple of those of the method's fastest fixed window
     log p, sd     mean and deviation of the log-probability of the tokens under one-token-a-pass sampling, nats
     drift z       surprisal martingale sum(-log p(x) - H) / sqrt(sum Var): N(0, 1) for a lossless method
     = ar          share of tokens equal to those of `ar` with the same seed

@@ -1,11 +1,12 @@
 """Files that are written whole or not at all."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -23,3 +24,10 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """`value` as a JSON file; its folder is made where it is missing. Raises: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=indent).encode() + b"\n")

@@ -33,6 +33,7 @@ EXTRA = {
     "topk": ["--top-ks", "0", "100", "--methods", "sjd"],
     "init": ["--inits", "random", "above-sample", "--methods", "sjd"],
     "window": ["--windows", "2", "4", "--prompts", "2", "--methods", "sjd"],
+    "batch": ["--windows", "2", "auto"],
     "synthetic": ["--synthetic-accept", "0.5", "--windows", "1", "3"],
     "resolution": ["--methods", "sjd"],
     "control": ["--new-tokens", "4"],
@@ -114,6 +115,19 @@ def test_what_cannot_run_is_skipped_with_the_reason(part, tiny):
     rows, skipped = measure.run(engine, chosen, ["a red apple"], seed=0, minutes=1, traced=0)
     assert [row.setting.method for row in rows] == ["ar"]
     assert "sideways" in skipped[0]["reason"]
+
+
+def test_seconds_are_compared_with_the_fastest_fixed_window_of_the_method(part):
+    setting, sweeps, batch = part("settings").Setting, part("sweeps"), part("batch")
+    seconds = {4: (2.0, 4.0), 8: (1.0, 2.0), "auto": (1.5, 3.0)}
+    runs = {(setting("sjd", window), 1): [[(s, 0.0)] for s in taken] for window, taken in seconds.items()}
+    runs |= {(setting("ar", 1), 1): [[(0.1, 0.0)], [(0.1, 0.0)]], (setting("sjd", 2), 8): [[(0.1, 0.0), (0.1, 0.0)]]}
+    taken = batch.of_all_turns(runs, 1)
+    compared = {window: sweeps.against_best_window(setting("sjd", window), taken) for window in seconds}
+    assert compared == {4: [2, 2, 2], 8: [1, 1, 1], "auto": [1.5, 1.5, 1.5]}
+    assert batch.of_all_turns(runs, 8) == {setting("sjd", 2): [0.1, 0.1]}
+    auto = setting("sjd", "auto")
+    assert sweeps.against_best_window(auto, {auto: taken[auto]}) is None
 
 
 def test_drafts_that_stay_are_those_that_were_accepted(part, tiny):

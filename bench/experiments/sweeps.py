@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -188,13 +188,24 @@ def window(args: argparse.Namespace) -> Result:
     engine = measure.load(args.model, args.dtype)
     windows = [*(args.windows or (4, 8, 12, 16, 24, 32, 48, 64, 96)), "auto"]
     rows, skipped = execute(args, engine, grid(args.methods or ("sjd", "sjd++", BEST_EXACT), windows))
-    documents = []
-    for row in rows:
-        fixed = [r for r in rows if r.setting.method == row.setting.method and isinstance(r.setting.window, int)]
-        best = min(fixed, key=lambda r: sum(r.column("seconds")))
-        times = interval(statistics.ratio, best.column("seconds"), row.column("seconds"))
-        documents.append(row.document(rows) | {"seconds_vs_best_window": times.rounded()})
+    taken = {row.setting: row.column("seconds") for row in rows}
+    documents = [
+        row.document(rows) | {"seconds_vs_best_window": against_best_window(row.setting, taken)} for row in rows
+    ]
     return result(args, engine, rows, skipped, "top_k", "init", documents=documents)
+
+
+def against_best_window(setting: Setting, taken: Mapping[Setting, Sequence[float]]) -> list[float] | None:
+    """Seconds as a multiple of those of the method's fastest fixed window, with their interval.
+
+    Args:
+        taken: seconds of each setting, paired. None comes back where the method has no fixed window among them.
+    """
+    fixed = [other for other in taken if other.method == setting.method and isinstance(other.window, int)]
+    if not fixed:
+        return None
+    best = min(fixed, key=lambda other: sum(taken[other]))
+    return interval(statistics.ratio, taken[setting], taken[best]).rounded()
 
 
 def topk(args: argparse.Namespace) -> Result:

@@ -1,12 +1,12 @@
 """`sjd eval`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sjd_engine import options
+from sjd_engine.files import write_json
 
 app = typer.Typer(no_args_is_help=True, help="Draw the images of a benchmark, and score images.")
 
@@ -85,4 +85,4 @@ def score(
     for note in notes:
         typer.echo(f"not computed: {note}")
     if output is not None:
-        output.write_text(json.dumps({"scores": rows, "not_computed": notes}, indent=1) + "\n", encoding="utf-8")
+        write_json(output, {"scores": rows, "not_computed": notes}, indent=1)

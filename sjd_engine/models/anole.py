@@ -8,7 +8,6 @@ Checkpoint:     see sjd_engine.models.chameleon; or, as the authors publish it, 
 Source: Chern et al., "ANOLE", 2024 (arXiv 2407.06135); Chameleon Team, "Chameleon", 2024 (arXiv 2405.09818).
 """
 
-import json
 import re
 import shutil
 from functools import cached_property
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sjd_engine.errors import CheckpointError
+from sjd_engine.files import write_json
 from sjd_engine.models.base import Defaults, Prompt
 from sjd_engine.models.chameleon import CONFIG, ChameleonModel, has_decoder
 from sjd_engine.models.checkpoint import INDEXES, Checkpoint, read_json
@@ -193,10 +193,10 @@ def convert(source: Path, target: Path) -> int:
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, keys in zip(names, shards, strict=True):
         save_file({key: checkpoint.read(key).contiguous() for key in keys}, target / name, {"format": "pt"})
-    (target / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
+    write_json(target / "config.json", checkpoint.config, indent=2)
     for path in tokenizer_files:
         shutil.copy(path, target)
     # The index last: without it the folder is no checkpoint, so a conversion that was interrupted is none.
     index = {"weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys}}
-    (target / INDEXES[0]).write_text(json.dumps(index) + "\n", encoding="utf-8")
+    write_json(target / INDEXES[0], index)
     return sum(shape.numel() for shape in checkpoint.shapes.values())

@@ -4,7 +4,6 @@ sjd2.json          {"base": a bundled model or a folder beside this one, "name":
 sjd2.safetensors   "transformer." and a parameter of `Transformer`, or "denoiser." and one of `Denoiser`
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from sjd_engine.denoise import Denoiser, NoiseSchedule
 from sjd_engine.errors import CheckpointError
-from sjd_engine.files import written_whole
+from sjd_engine.files import write_json, written_whole
 from sjd_engine.models.base import ImageModel
 from sjd_engine.models.block import Transformer
 from sjd_engine.models.checkpoint import read_json, read_tensors
@@ -86,7 +85,7 @@ def save_fine_tuned(model: ImageModel, folder: Path, base: str) -> None:
     with written_whole(folder / WEIGHTS) as file:
         file.write(save({name: p.detach().contiguous() for name, p in tensors.items()}))
     config = {"base": base, "name": folder.name, "schedule": asdict(model.denoiser.schedule)}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config, indent=2)
 
 
 def trained_parameters(transformer: Transformer) -> dict[str, nn.Parameter]:
