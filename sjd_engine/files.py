@@ -26,8 +26,13 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """`value` as a JSON file; its folder is made where it is missing. Raises: OSError."""
+def write_whole(path: Path, content: bytes) -> None:
+    """`content` as a file; its folder is made where it is missing. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
-        file.write(json.dumps(value, indent=indent).encode() + b"\n")
+        file.write(content)
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """`value` as a JSON file, see `write_whole`."""
+    write_whole(path, json.dumps(value, indent=indent).encode() + b"\n")

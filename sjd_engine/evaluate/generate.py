@@ -14,7 +14,7 @@ from sjd_engine.engine import Engine
 from sjd_engine.errors import SJDError
 from sjd_engine.evaluate.layouts import Layout, Shot
 from sjd_engine.evaluate.manifest import DONE, FAILED, NAME, Manifest, sha256
-from sjd_engine.files import written_whole
+from sjd_engine.files import write_whole
 from sjd_engine.images import encode_jpeg, encode_png
 from sjd_engine.outputs import Finished
 from sjd_engine.recipe import recipe_of, surroundings
@@ -147,14 +147,14 @@ def generate(
     artist = replace(artist, arguments=settings["arguments"])
     manifest = Manifest(output, settings, shots, resume=resume)
     for file, text in layout.beside(entries).items():
-        write(output / file, text.encode())
+        write_whole(output / file, text.encode())
     failed = 0
     with tqdm(
         total=len(shots), initial=manifest.num_kept, unit="image", disable=None if progress is None else not progress
     ) as bar:
         for record, content in source.draw(artist, manifest.todo) if manifest.todo else ():
             if record["status"] == DONE:
-                write(output / record["file"], content)
+                write_whole(output / record["file"], content)
             else:
                 failed += 1
             manifest.add(record)
@@ -162,9 +162,3 @@ def generate(
     if failed:
         raise SJDError(f"{failed} of {len(shots)} images failed; {output / NAME} says why, --resume tries them again")
     return manifest.num_kept
-
-
-def write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        file.write(content)
